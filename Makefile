@@ -1,0 +1,75 @@
+# `make help` lists the targets. Each sets up what it needs in a virtual environment of this checkout.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+bin := $(VENV)/bin
+python := $(bin)/python
+pip_install := $(python) -m pip install --quiet --no-input --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo "Variables: PYTHON=python3.12 makes the environment with that Python, VENV=DIR puts it elsewhere."
+
+.PHONY: test
+test: lint types ## lint, check types, run the tests and print the coverage
+	$(python) -m pytest --cov $(PYTEST_ARGS)
+
+.PHONY: demo
+demo: $(VENV)/ready ## train on handwritten digits and export the model
+	$(python) examples/train_digits.py
+
+.PHONY: bench
+bench: $(VENV)/ready-bench ## measure against Keras and PyTorch
+	$(python) -m benchmarks
+
+.PHONY: lint
+lint: $(VENV)/ready ## check style and formatting
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+
+.PHONY: types
+types: $(VENV)/ready ## check types
+	$(python) -m mypy
+
+.PHONY: format
+format: $(VENV)/ready ## put the code into the style that lint asks for
+	$(python) -m ruff check --fix
+	$(python) -m ruff format
+
+# pip reads PIP_CONSTRAINT, and make exports a variable that its command line sets.
+.PHONY: test-oldest
+test-oldest: ## run the tests with the oldest TensorFlow and Keras that we promise
+	$(MAKE) VENV=.venv-oldest PIP_CONSTRAINT=tests/oldest.txt .venv-oldest/ready
+	.venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: clean
+clean: ## remove what the tools and the build left behind
+	rm -rf .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist htmlcov
+	find tfbn tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean ## clean, and remove the virtual environments
+	rm -rf .venv .venv-oldest
+
+# Installing is slow: a stamp remembers what pyproject.toml it was done for.
+$(VENV)/ready: pyproject.toml | $(python)
+	@echo "Installing tfbn and its tools into $(VENV): some minutes, once."
+	$(pip_install) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/ready-bench: $(VENV)/ready
+	@echo "Installing what the benchmarks compare with into $(VENV)."
+	$(pip_install) --editable '.[bench]'
+	@touch $@
+
+$(python):
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "tfbn needs Python 3.11 to 3.13. Received: $(PYTHON), $$($(PYTHON) --version 2>&1)." \
+	    "Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,61 @@
+"""What every test stands on: TensorFlow quiet, the same seed, each device there is."""
+
+import os
+
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Some tests start processes: they and this one share the GPU's memory.
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+os.environ["MPLBACKEND"] = "agg"
+
+from collections.abc import Iterator
+
+import hypothesis
+import keras
+import pytest
+import tensorflow as tf
+
+# Tracing makes the first example slow, and the fixtures here are safe to share between examples.
+# The same examples every time: a failure on one machine is a failure on all.
+hypothesis.settings.register_profile(
+    "tfbn",
+    deadline=None,
+    derandomize=True,
+    max_examples=25,
+    suppress_health_check=[
+        hypothesis.HealthCheck.function_scoped_fixture,
+        hypothesis.HealthCheck.too_slow,
+    ],
+)
+hypothesis.settings.load_profile("tfbn")
+
+
+def _devices() -> list[str]:
+    """As "CPU:0". Only listed, not started: a test may still ask for virtual devices."""
+    return [d.name.removeprefix("/physical_device:") for d in tf.config.list_physical_devices()]
+
+
+GPUS = [name for name in _devices() if name.startswith("GPU")]
+CPUS = [name for name in _devices() if name.startswith("CPU")]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not GPUS:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, and TensorFlow lists none"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Python, NumPy, TensorFlow and Keras draw the same numbers in every run."""
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(
+    params=[*CPUS, *(pytest.param(name, marks=pytest.mark.gpu) for name in GPUS or ["GPU:0"])]
+)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs once on each device that TensorFlow lists, placed there by default."""
+    with tf.device(request.param):
+        yield request.param
