@@ -1,0 +1,205 @@
+"""The package as a whole: what it needs, what it shows, and what must not lie about in it."""
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+import tfbn
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = ["importlib_resources", "matplotlib", "rich", "sklearn", "tensorflow_datasets", "tf_keras"]
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python code in a process of its own, without the backend that the tests chose."""
+    env = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**env, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+# What it needs
+
+
+def test_imports_with_tensorflow_and_keras_alone():
+    # TensorFlow and Keras come first: what they import on their own account is theirs to need.
+    done = run(f"""
+import keras, sys, tensorflow
+for extra in {EXTRAS}:
+    for module in [name for name in sys.modules if name.split(".")[0] == extra]:
+        del sys.modules[module]
+    sys.modules[extra] = None  # from now on, importing it raises
+import tfbn
+""")
+    assert done.returncode == 0, done.stderr
+
+
+def refusal(backend: str, source: str) -> str:
+    return (
+        "ImportError: tfbn works on Keras's TensorFlow backend only. "
+        f"Received: backend {backend!r}, {source}. "
+        "Choose TensorFlow before Keras is first imported: set the environment variable "
+        'KERAS_BACKEND=tensorflow, or "backend": "tensorflow" in keras.json.'
+    )
+
+
+# None of the first two needs to be installed for the answer to be ours.
+@pytest.mark.parametrize("backend", ["jax", "torch", "numpy"])
+def test_another_backend_in_the_environment_is_refused_with_the_cure(backend):
+    done = run("import tfbn", KERAS_BACKEND=backend)
+    assert done.stderr.strip().endswith(
+        refusal(backend, "from the environment variable KERAS_BACKEND")
+    )
+
+
+def test_another_backend_is_refused_before_keras_and_tensorflow_are_imported():
+    done = run(
+        """
+import sys
+try:
+    import tfbn
+except ImportError:
+    print([name for name in ("keras", "tensorflow") if name in sys.modules])
+""",
+        KERAS_BACKEND="jax",
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_another_backend_in_keras_json_is_refused_with_the_cure(tmp_path):
+    config = tmp_path / "keras.json"
+    config.write_text(json.dumps({"backend": "jax"}))
+    done = run("import tfbn", KERAS_HOME=str(tmp_path))
+    assert done.stderr.strip().endswith(refusal("jax", f"from {config}"))
+
+
+def test_the_environment_wins_over_keras_json(tmp_path):
+    (tmp_path / "keras.json").write_text(json.dumps({"backend": "jax"}))
+    done = run("import tfbn", KERAS_HOME=str(tmp_path), KERAS_BACKEND="tensorflow")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("content", [None, "not JSON", "{}"])
+def test_without_a_backend_named_anywhere_it_is_tensorflow(tmp_path, content):
+    if content is not None:
+        (tmp_path / "keras.json").write_text(content)
+    done = run("import tfbn", KERAS_HOME=str(tmp_path), KERAS_BACKEND="")
+    assert done.returncode == 0, done.stderr
+
+
+def test_keras_already_imported_on_another_backend_is_refused():
+    done = run("""
+import os
+os.environ["KERAS_BACKEND"] = "numpy"
+import keras
+os.environ["KERAS_BACKEND"] = "tensorflow"  # too late, and no excuse
+import tfbn
+""")
+    assert done.stderr.strip().endswith(refusal("numpy", "as Keras was imported"))
+
+
+# What it shows
+
+
+def public_callables() -> list[tuple[str, object]]:
+    """Every public name, and every public method that a class of ours has itself."""
+    found = []
+    for name in tfbn.__all__:
+        value = getattr(tfbn, name)
+        found.append((name, value))
+        if inspect.isclass(value):
+            found += [
+                (f"{name}.{member}", method)
+                for member, method in vars(value).items()
+                if not member.startswith("_") and callable(method)
+            ]
+    return found
+
+
+def test_all_lists_what_the_package_hands_on():
+    shown = {
+        n for n in vars(tfbn) if not n.startswith("_") and not inspect.ismodule(getattr(tfbn, n))
+    }
+    assert sorted(tfbn.__all__) == sorted(shown)
+
+
+@pytest.mark.parametrize(("name", "value"), public_callables(), ids=lambda v: str(v)[:40])
+def test_every_public_name_has_a_docstring(name, value):
+    # A method that overrides one of Keras may inherit Keras's docstring.
+    assert inspect.getdoc(value), f"tfbn.{name} has no docstring"
+
+
+@pytest.mark.parametrize("name", tfbn.__all__)
+def test_every_public_name_is_in_the_readme_and_in_a_test(name):
+    mention = re.compile(rf"\btfbn\.{name}\b")
+    assert mention.search((ROOT / "README.md").read_text()), f"README.md does not show tfbn.{name}"
+    tests = [path for path in sorted((ROOT / "tests").glob("*.py")) if path != Path(__file__)]
+    assert any(mention.search(path.read_text()) for path in tests), f"no test covers tfbn.{name}"
+
+
+def test_every_serialized_class_is_registered_under_the_package():
+    for name in tfbn.__all__:
+        value = getattr(tfbn, name)
+        if inspect.isclass(value) and hasattr(value, "get_config"):
+            assert keras.saving.get_registered_name(value) == f"tfbn>{name}"
+
+
+def test_the_changelog_knows_the_version():
+    assert f"## [{tfbn.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# What must not lie about in it
+
+
+def tracked_files() -> list[Path]:
+    """What git knows of, or would take; in a copy without git, what was not generated."""
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listing.returncode == 0:
+        return [path for line in listing.stdout.splitlines() if (path := ROOT / line).is_file()]
+    return [path for path in ROOT.rglob("*.*") if path.is_file() and ".venv" not in str(path)]
+
+
+MACHINE_PATH = re.compile(rb"/(?:home|root|Users|work|tmp|opt)/\w")
+REGISTRY_HOST = re.compile(
+    rb"pypi\.org/simple|pythonhosted\.org|download\.pytorch\.org|--(?:extra-)?index-url|--find-links"
+)
+
+
+@pytest.mark.parametrize("forbidden", [MACHINE_PATH, REGISTRY_HOST], ids=["path", "host"])
+def test_no_file_names_this_machine_or_a_registry(forbidden):
+    found = {
+        str(path.relative_to(ROOT)): match.group()
+        for path in tracked_files()
+        if (match := forbidden.search(path.read_bytes()))
+    }
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    ("forbidden", "text"),
+    [
+        (MACHINE_PATH, b"see /" + b"home/me/notes"),
+        (REGISTRY_HOST, b"pip install --" + b"index-url x"),
+    ],
+)
+def test_the_search_for_them_can_fail(forbidden, text):
+    assert forbidden.search(text)
