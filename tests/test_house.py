@@ -12,6 +12,7 @@ import keras
 import pytest
 
 import tfbn
+from tfbn import _backend
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = ["importlib_resources", "matplotlib", "rich", "sklearn", "tensorflow_datasets", "tf_keras"]
@@ -86,29 +87,50 @@ def test_another_backend_in_keras_json_is_refused_with_the_cure(tmp_path):
     assert done.stderr.strip().endswith(refusal("jax", f"from {config}"))
 
 
-def test_the_environment_wins_over_keras_json(tmp_path):
-    (tmp_path / "keras.json").write_text(json.dumps({"backend": "jax"}))
-    done = run("import tfbn", KERAS_HOME=str(tmp_path), KERAS_BACKEND="tensorflow")
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def keras_not_imported(monkeypatch, tmp_path):
+    """As in a process that has not imported Keras yet, in a home of its own."""
+    monkeypatch.delitem(sys.modules, "keras")
+    monkeypatch.delenv("KERAS_BACKEND")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    return tmp_path / "keras.json"
+
+
+def test_the_environment_wins_over_keras_json(keras_not_imported, monkeypatch):
+    keras_not_imported.write_text(json.dumps({"backend": "torch"}))
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    with pytest.raises(ImportError, match="backend 'jax', from the environment variable"):
+        _backend.require_tensorflow()
+
+
+def test_an_empty_variable_leaves_the_choice_to_keras_json(keras_not_imported, monkeypatch):
+    keras_not_imported.write_text(json.dumps({"backend": "torch"}))
+    monkeypatch.setenv("KERAS_BACKEND", "")
+    with pytest.raises(ImportError, match=r"backend 'torch', from .*keras\.json"):
+        _backend.require_tensorflow()
 
 
 @pytest.mark.parametrize("content", [None, "not JSON", "{}"])
-def test_without_a_backend_named_anywhere_it_is_tensorflow(tmp_path, content):
+def test_without_a_backend_named_anywhere_it_is_tensorflow(keras_not_imported, content):
     if content is not None:
-        (tmp_path / "keras.json").write_text(content)
-    done = run("import tfbn", KERAS_HOME=str(tmp_path), KERAS_BACKEND="")
-    assert done.returncode == 0, done.stderr
+        keras_not_imported.write_text(content)
+    assert _backend._configured_backend() == ("tensorflow", f"from {keras_not_imported}")
 
 
-def test_keras_already_imported_on_another_backend_is_refused():
-    done = run("""
-import os
-os.environ["KERAS_BACKEND"] = "numpy"
-import keras
-os.environ["KERAS_BACKEND"] = "tensorflow"  # too late, and no excuse
-import tfbn
-""")
-    assert done.stderr.strip().endswith(refusal("numpy", "as Keras was imported"))
+@pytest.mark.parametrize("writable", [True, False])
+def test_keras_json_is_looked_for_where_keras_does(keras_not_imported, monkeypatch, writable):
+    # Without KERAS_HOME: the user's home, or the system's temporary folder if that is read-only.
+    home = keras_not_imported.parent
+    monkeypatch.delenv("KERAS_HOME")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(os, "access", lambda path, mode: writable)
+    assert _backend._keras_home() == (home if writable else Path("/tmp")) / ".keras"
+
+
+def test_keras_already_imported_on_another_backend_is_refused(monkeypatch):
+    monkeypatch.setattr(keras.config, "backend", lambda: "jax")
+    with pytest.raises(ImportError, match="backend 'jax', as Keras was imported"):
+        _backend.require_tensorflow()
 
 
 # What it shows
@@ -180,7 +202,7 @@ def tracked_files() -> list[Path]:
 
 MACHINE_PATH = re.compile(rb"/(?:home|root|Users|work|tmp|opt)/\w")
 REGISTRY_HOST = re.compile(
-    rb"pypi\.org/simple|pythonhosted\.org|download\.pytorch\.org|--(?:extra-)?index-url|--find-links"
+    rb"pypi\.org/simple|pythonhosted\.org|download\.pytorch\.org|--(?:extra-)?index-url|--find[-]links"
 )
 
 
