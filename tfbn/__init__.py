@@ -2,7 +2,9 @@
 
 from tfbn import _backend
 
-_backend.require_tensorflow()
+_backend.require_tensorflow()  # before the imports below have a chance to break
 
+from tfbn._layer import BatchNormalization
+
+__all__ = ["BatchNormalization"]
 __version__ = "0.1.0"
-__all__: list[str] = []

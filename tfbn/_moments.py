@@ -1,0 +1,142 @@
+"""Count, mean and variance of a tensor over its non-channel axes, and their exact merging.
+
+Everything here is about one triple, :class:`Moments`. Its mean may be relative to a *shift*: a
+value near the mean, subtracted before anything is squared or summed, so that a large common offset
+(mean 1e6, spread 1) costs no digits. Sums of squares are never subtracted from each other around
+zero.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+
+
+class Moments(NamedTuple):
+    """How many values, their mean, and their biased variance (divided by the count).
+
+    ``count`` is a scalar, or has the shape of ``mean`` where a mask tells channels apart. All three
+    have the dtype of the statistics: float32, or float64 for a float64 input.
+    """
+
+    count: tf.Tensor
+    mean: tf.Tensor
+    variance: tf.Tensor
+
+
+def statistics_dtype(dtype: tf.DType) -> tf.DType:
+    """The dtype in which statistics of a ``dtype`` tensor are kept: at least float32."""
+    return tf.float64 if dtype == tf.float64 else tf.float32
+
+
+def reduced_axes(rank: int, axes: Sequence[int]) -> list[int]:
+    """The axes that are averaged away: all but the channel ``axes``."""
+    return [axis for axis in range(rank) if axis not in axes]
+
+
+def along(values: tf.Tensor, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    """Reshapes per-channel ``values`` so that they broadcast against ``x``."""
+    if values.shape.rank == 0 or list(axes) == list(range(x.shape.rank - len(axes), x.shape.rank)):
+        return values
+    shape = [1] * x.shape.rank
+    for axis, size in zip(axes, values.shape, strict=True):
+        shape[axis] = size
+    if None in shape:  # Virtual batches: their number is known only when the graph runs.
+        sizes = tf.shape(values)
+        shape = [sizes[axes.index(axis)] if axis in axes else 1 for axis in range(x.shape.rank)]
+    return tf.reshape(values, shape)
+
+
+def count(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> tf.Tensor:
+    """How many values of ``x`` stand behind each channel: a scalar, or one per channel under a mask."""
+    dtype = statistics_dtype(x.dtype)
+    reduced = reduced_axes(x.shape.rank, axes)
+    if mask is not None:
+        # Counted at the mask's own size; what it is broadcast over multiplies the count.
+        kept = tf.cast(mask, dtype)
+        repeats = [1 if mask.shape[axis] != 1 else tf.shape(x)[axis] for axis in reduced]
+        factor = tf.cast(tf.reduce_prod(tf.stack(repeats)), dtype)
+        total = tf.reduce_sum(kept, reduced) * factor
+        return tf.broadcast_to(total, tf.gather(tf.shape(x), list(axes)))
+    sizes = [x.shape[axis] for axis in reduced]
+    if None not in sizes:
+        return tf.constant(float(_product(sizes)), dtype)
+    return tf.cast(tf.reduce_prod(tf.gather(tf.shape(x), reduced)), dtype)
+
+
+def moments(
+    x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None
+) -> tuple[tf.Tensor, Moments]:
+    r"""Two-pass moments of ``x`` per channel, relative to a shift.
+
+    First :math:`c = \sum x / n`, as good as a plain float sum is; then, around it,
+    :math:`\mu - c = \sum (x - c) / n` and :math:`\sigma^2 = \sum (x - c)^2 / n - (\mu - c)^2`,
+    which takes the rounding of the first sum back out (the corrected two-pass algorithm of Chan,
+    Golub and LeVeque, *Algorithms for computing the sample variance*, 1983).
+
+    Args:
+        x: Floating-point tensor of known rank.
+        axes: The channel axes, ascending and non-negative.
+        mask: ``None``, or a boolean tensor of the rank of ``x`` that broadcasts to it: the values
+            that count.
+
+    Returns:
+        The shift ``c`` and the moments, whose mean is relative to ``c``; each has the shape of the
+        channel axes. Without a value the count, the mean and the variance are 0.
+    """
+    dtype = statistics_dtype(x.dtype)
+    reduced = reduced_axes(x.shape.rank, axes)
+    x = tf.cast(x, dtype)
+    n = count(x, axes, mask)
+
+    def average(values: tf.Tensor) -> tf.Tensor:
+        return tf.math.divide_no_nan(tf.reduce_sum(values, reduced), n)
+
+    # A constant: moving the shift moves the offset the other way, so no gradient belongs to it.
+    shift = tf.stop_gradient(average(_kept(x, mask)))
+    deviation = _kept(x - along(shift, x, axes), mask)
+    offset = average(deviation)
+    variance = tf.maximum(average(tf.square(deviation)) - tf.square(offset), 0)
+    return shift, Moments(n, offset, variance)
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    r"""The moments of two disjoint sets of values together, exactly.
+
+    .. math:: \mu = \mu_a + w_b \delta, \quad
+              \sigma^2 = w_a \sigma_a^2 + w_b \sigma_b^2 + w_a w_b \delta^2, \quad
+              \delta = \mu_b - \mu_a, \; w_i = n_i / (n_a + n_b)
+
+    (Chan, Golub and LeVeque, 1983, written with weights so that nothing is multiplied by a large
+    count.) An empty side changes nothing, whatever its mean and variance are.
+    """
+    n = a.count + b.count
+    weight_a = tf.math.divide_no_nan(a.count, n)
+    weight_b = tf.math.divide_no_nan(b.count, n)
+    # An empty batch may carry NaN for its mean: with weight 0 it must not be heard.
+    mean_a, mean_b = _heard(a.mean, a.count), _heard(b.mean, b.count)
+    delta = mean_b - mean_a
+    # From the heavier side: with a weight of 0 or 1 the mean of the other side comes out to the
+    # bit.
+    mean = tf.where(weight_a >= weight_b, mean_a + weight_b * delta, mean_b - weight_a * delta)
+    variance = (
+        weight_a * _heard(a.variance, a.count)
+        + weight_b * _heard(b.variance, b.count)
+        + weight_a * weight_b * tf.square(tf.where((a.count > 0) & (b.count > 0), delta, 0))
+    )
+    return Moments(n, mean, variance)
+
+
+def _heard(values: tf.Tensor, counted: tf.Tensor) -> tf.Tensor:
+    return tf.where(counted > 0, values, tf.zeros_like(values))
+
+
+def _kept(values: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+    return values if mask is None else tf.where(mask, values, tf.zeros([], values.dtype))
+
+
+def _product(sizes: Sequence[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
