@@ -1,0 +1,1 @@
+"""Measurements of batch normalization layers against each other: ``python -m benchmarks --help``."""

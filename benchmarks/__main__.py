@@ -1,0 +1,142 @@
+"""Measures batch normalization layers against each other.
+
+    python -m benchmarks                                # everything: some 20 minutes
+    python -m benchmarks layers --quick                 # a first look
+    python -m benchmarks layers --shapes 256x1024 --modes graph xla --phases train \\
+        --contenders keras tfbn my.module:MyLayer
+"""
+
+import argparse
+import datetime
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import cases, contenders, environment, results, tables
+from benchmarks.race import Race, Settings
+
+DEFAULT_OUTPUT = Path("build/benchmarks")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    threads = options.threads or _cores()
+    settings = Settings(
+        turns=3 if options.quick else 9,
+        seconds=0.03 if options.quick else 0.1,
+        threads=threads,
+        keep_memory=options.malloc == "keep",
+    )
+    run: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "contenders": list(options.contenders),
+        "settings": {"turns": settings.turns, "seconds": settings.seconds},
+    }
+    with Race(options.contenders, settings) as race:
+        chosen = selection(options, on_gpu=race.device["device"] == "gpu")
+        with environment.variables(environment.of_workers(threads, settings.keep_memory)):
+            run["environment"] = environment.described(threads) | race.device
+        for name, why in race.left_out.items():
+            print(f"left out: {name}: {why}", flush=True)
+        run["results"] = race.run(chosen, lambda result: print(line(result), flush=True))
+        run["left_out"] = race.left_out
+    run["contenders"] = [n for n in options.contenders if n not in run["left_out"]]
+    name = run["environment"]["device"]
+    results.save(run, options.output / f"{name}.json")
+    (options.output / f"{name}.md").write_text(tables.document(run))
+    try:
+        from benchmarks import picture
+    except ImportError as error:
+        print(f"no picture: {error}. Install it: pip install 'tfbn[plots]'", file=sys.stderr)
+    else:
+        picture.draw(run, options.output / f"{name}.png")
+    print(f"\n{tables.summary(run)}\n\nresults: {options.output}/{name}.json, .md, .png")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("suite", nargs="?", default="all", choices=["layers", "models", "all"])
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        default=contenders.DEFAULT,
+        metavar="NAME",
+        help=f"any of {' '.join(contenders.DEFAULT)}, or module:Class of a Keras layer",
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="SHAPE", help="as 32x56x56x64, or 32x64x56x56@1"
+    )
+    parser.add_argument("--models", nargs="+", choices=cases.MODELS)
+    parser.add_argument("--precisions", nargs="+", choices=cases.PRECISIONS)
+    parser.add_argument("--phases", nargs="+", choices=cases.PHASES, default=cases.PHASES)
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=cases.MODES,
+        help="default: all for layers, graph for models",
+    )
+    parser.add_argument("--threads", type=int, help="default: as many as there are cores")
+    parser.add_argument(
+        "--malloc",
+        choices=["keep", "default"],
+        default="keep",
+        help="whether the C library keeps freed memory, for every contender (default: keep)",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer turns: a first look")
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR")
+    options = parser.parse_args(arguments)
+    for shape in options.shapes or ():
+        try:
+            cases.parse_shape(shape)
+        except ValueError as error:
+            parser.error(str(error))
+    return options
+
+
+def selection(options: argparse.Namespace, on_gpu: bool) -> list[cases.Case]:
+    """The cases that the command line asks for; the defaults depend on the device."""
+    chosen: list[cases.Case] = []
+    half = ("bfloat16", "float16") if on_gpu else ("bfloat16",)
+    if options.suite in ("layers", "all"):
+        chosen += cases.layer_cases(
+            options.shapes or (cases.GPU_SHAPES if on_gpu else cases.CPU_SHAPES),
+            options.precisions or ("float32", *half),
+            options.phases,
+            options.modes or cases.MODES,
+        )
+    if options.suite in ("models", "all"):
+        batches = cases.GPU_BATCHES if on_gpu else cases.CPU_BATCHES
+        chosen += cases.model_cases(
+            {name: batches[name] for name in options.models or cases.MODELS},
+            options.precisions or ("float32", "bfloat16"),
+            options.phases,
+            options.modes or ("graph",),
+        )
+    return chosen
+
+
+def line(result: dict[str, Any]) -> str:
+    """A case's result while the run goes on."""
+    case = " ".join(result[key] for key in ("subject", "precision", "phase", "mode"))
+    found = []
+    for name, entry in result["contenders"].items():
+        if "ms" in entry:
+            memory = f" {entry['peak_mb']:.0f} MB" if "peak_mb" in entry else ""
+            found.append(f"{name} {entry['ms']:.3g}{memory}")
+        elif "failed" in entry:
+            found.append(f"{name} failed: {entry['failed']}")
+    return f"{case}: {', '.join(found)}"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The numbers that every contender is given: the same in each process."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.cases import DEPTH, LayerCase
+
+MOMENTUM = 0.9
+EPSILON = 1e-3
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """One layer's weights, in Keras's order."""
+
+    gamma: np.ndarray
+    beta: np.ndarray
+    moving_mean: np.ndarray
+    moving_variance: np.ndarray
+
+
+def tensors(case: LayerCase) -> tuple[np.ndarray, np.ndarray]:
+    """The input and the gradient that comes from above, float32."""
+    random = np.random.default_rng(0)
+    x = random.standard_normal(case.shape, np.float32)
+    x *= 2
+    x += 0.5
+    return x, random.standard_normal(case.shape, np.float32)
+
+
+def parameters(case: LayerCase) -> list[Parameters]:
+    """Of each layer of the stack; none is the identity, none explodes."""
+    random = np.random.default_rng(1)
+    channels = case.shape[case.axis]
+    return [
+        Parameters(
+            random.uniform(0.8, 1.2, channels).astype(np.float32),
+            random.uniform(-0.1, 0.1, channels).astype(np.float32),
+            random.uniform(-0.1, 0.1, channels).astype(np.float32),
+            random.uniform(0.8, 1.2, channels).astype(np.float32),
+        )
+        for _ in range(DEPTH)
+    ]

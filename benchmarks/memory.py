@@ -1,0 +1,56 @@
+"""How much memory a process takes at its peak, on Linux."""
+
+import ctypes
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MEGABYTE = 2**20
+# glibc's mallopt, from malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+SMALL = 64 * 1024
+
+
+def resident() -> float | None:
+    """Megabytes that this process holds now; None where Linux's /proc is not."""
+    return _status("VmRSS")
+
+
+def peak(run: Callable[[], Any]) -> float | None:
+    """Megabytes that this process holds at most while ``run`` runs; None where that cannot be known.
+
+    The C library keeps memory that was freed, for the next to ask. Here it gives each larger block
+    back at once, so that what is held is what is used. That is slow: time something else. What the
+    environment said about it holds again afterwards.
+    """
+    c_library = ctypes.CDLL(None)
+    if not hasattr(c_library, "mallopt") or not hasattr(c_library, "malloc_trim"):
+        return None
+    gc.collect()
+    c_library.mallopt(M_MMAP_THRESHOLD, SMALL)
+    c_library.mallopt(M_TRIM_THRESHOLD, SMALL)
+    try:
+        run()  # The blocks that are kept from step to step move out of the kept memory.
+        c_library.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # The peak starts from what is held now.
+        run()
+        return _status("VmHWM")
+    except OSError:
+        return None
+    finally:
+        for option, variable, default in (
+            (M_MMAP_THRESHOLD, "MALLOC_MMAP_THRESHOLD_", 128 * 1024),
+            (M_TRIM_THRESHOLD, "MALLOC_TRIM_THRESHOLD_", 128 * 1024),
+        ):
+            c_library.mallopt(option, int(os.environ.get(variable, default)))
+
+
+def _status(field: str) -> float | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return int(found[0]) * 1024 / MEGABYTE if found else None

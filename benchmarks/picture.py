@@ -1,0 +1,67 @@
+"""A run's results as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from benchmarks.results import select, value
+from benchmarks.tables import title
+
+COLORS = dict(
+    zip(
+        ("keras", "tf_keras", "torch", "tfbn", "identity", "floor"),
+        mpl.colormaps["tab10"].colors,
+        strict=False,
+    )
+)
+
+
+def draw(run: dict[str, Any], path: Path) -> None:
+    """A row for each mode and for the models, a column for each phase; bars by subject, on a logarithmic scale."""
+    kinds = [("layers", mode) for mode in ("graph", "xla", "eager")]
+    kinds += [("models", mode) for mode in ("graph", "xla", "eager")]
+    rows = [
+        (suite, mode, precision)
+        for suite, mode in kinds
+        for precision in ("float32", "bfloat16", "float16")
+        if select(run, suite=suite, mode=mode, precision=precision)
+    ]
+    phases = [phase for phase in ("train", "infer") if select(run, phase=phase)]
+    figure = Figure(figsize=(9 * len(phases), 3.2 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(phases), squeeze=False)
+    for (suite, mode, precision), axes_row in zip(rows, grid, strict=True):
+        for phase, axes in zip(phases, axes_row, strict=True):
+            found = select(run, suite=suite, mode=mode, precision=precision, phase=phase)
+            _bars(axes, run["contenders"], found)
+            axes.set_title(f"{suite}: {phase}, {mode}, {precision}")
+            axes.set_ylabel("ms a layer" if suite == "layers" else "ms a step")
+    grid[0][0].legend(fontsize="small")
+    figure.suptitle(title(run))
+    figure.savefig(path, dpi=80)
+
+
+def _bars(axes: Any, contenders: list[str], results: list[dict[str, Any]]) -> None:
+    width = 0.8 / len(contenders)
+    for index, name in enumerate(contenders):
+        at, heights, errors = [], [], []
+        for place, result in enumerate(results):
+            ms = value(result, name)
+            if ms is not None:
+                at.append(place + (index - (len(contenders) - 1) / 2) * width)
+                heights.append(ms)
+                q1, q3 = value(result, name, "q1"), value(result, name, "q3")
+                errors.append((max(ms - q1, 0.0), max(q3 - ms, 0.0)))
+        if at:
+            axes.bar(
+                at,
+                heights,
+                width,
+                yerr=list(zip(*errors, strict=True)),
+                label=name,
+                color=COLORS.get(name),
+            )
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(results)), [r["subject"] for r in results], fontsize="small")
+    axes.grid(axis="y", alpha=0.3)

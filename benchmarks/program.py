@@ -1,0 +1,84 @@
+"""One contender's program for one case, and the clock around it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+WARM_SECONDS = 0.2
+WARM_STEPS = 3
+# Steps shorter than this are timed several at once: so short a time says more of the clock, and on
+# a GPU of the way there and back, than of the work.
+SAMPLE_SECONDS = {"cpu": 0.005, "gpu": 0.05}
+
+
+@dataclass
+class Program:
+    """What a worker times.
+
+    Attributes:
+        step: Runs one step on data that is where the step needs it; returns all results.
+        wait: Returns when the device has done all work.
+        values: Some of the results of a step, by name, for comparing contenders.
+        parts: How many layers (or passes) a step has: times are divided by it.
+        device: "cpu" or "gpu".
+        trace_seconds: What tracing took, where there is any.
+        peak: Runs a function and returns the megabytes that the program holds at most meanwhile.
+    """
+
+    step: Callable[[], Any]
+    wait: Callable[[], None]
+    values: Callable[[Any], dict[str, np.ndarray]]
+    parts: int
+    device: str
+    trace_seconds: float | None = None
+    peak: Callable[[Callable[[], Any]], float | None] | None = None
+    _steps: int = 1
+    _step_seconds: float = 0.0
+
+    def start(self) -> dict[str, Any]:
+        """Runs the first step, which compiles, then warms up; returns what the first one gave."""
+        begin = time.perf_counter()
+        result = self.step()
+        self.wait()
+        first = time.perf_counter() - begin
+        values = self.values(result)
+        del result
+        times: list[float] = []
+        while len(times) < WARM_STEPS or sum(times) < WARM_SECONDS:
+            times.append(self._timed(1))
+        self._step_seconds = float(np.median(times))
+        self._steps = max(1, round(SAMPLE_SECONDS[self.device] / self._step_seconds))
+        return {
+            "trace_seconds": self.trace_seconds,
+            "first_step_seconds": first,
+            "values": values,
+        }
+
+    def memory(self) -> dict[str, float]:
+        """The peak, where this program has one and it can be known."""
+        megabytes = self.peak(lambda: self._timed(1)) if self.peak else None
+        return {} if megabytes is None else {"peak_mb": megabytes}
+
+    def turn(self, seconds: float) -> list[float]:
+        """Milliseconds a part, from samples that take about ``seconds`` in all, two at least."""
+        self._timed(1)  # The others had the caches since our last turn.
+        count = max(2, round(seconds / (self._steps * self._step_seconds)))
+        return [1e3 * self._timed(self._steps) / self.parts for _ in range(count)]
+
+    def _timed(self, steps: int) -> float:
+        """Seconds a step."""
+        begin = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        self.wait()
+        return (time.perf_counter() - begin) / steps
+
+
+def some(values: np.ndarray, count: int = 512) -> np.ndarray:
+    """About ``count`` of the values, from all over the array."""
+    flat = np.asarray(values).astype(np.float64).reshape(-1)
+    # An odd stride meets every channel, however many there are (they are mostly a power of 2).
+    return flat[:: max(1, flat.size // count) | 1]

@@ -1,0 +1,202 @@
+"""Runs contenders against each other, each in a process of its own, in turns."""
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks import environment, worker
+from benchmarks.cases import Case, described
+from benchmarks.contenders import LeftOut
+
+IMPORT_SECONDS, START_SECONDS, TURN_SECONDS = 180.0, 300.0, 120.0
+"""How long a worker may take for what it is asked, before it is ended."""
+
+
+class Failed(Exception):
+    """A contender's program raised, its process ended, or it took too long; the text says which."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        turns: How often each contender has its turn.
+        seconds: How long a turn takes, about; two samples at least.
+        threads: How many threads each contender may use.
+        keep_memory: Whether the C library keeps freed memory, for every contender.
+    """
+
+    turns: int
+    seconds: float
+    threads: int
+    keep_memory: bool = True
+
+
+class Worker:
+    """A contender's process, seen from outside."""
+
+    def __init__(self, name: str, settings: Settings):
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=worker.serve, args=(theirs, name, settings.threads), daemon=True
+        )
+        variables = environment.of_workers(settings.threads, settings.keep_memory)
+        with environment.variables(variables):
+            self._process.start()
+        theirs.close()
+
+    def ask(self, verb: str, argument: Any, limit: float) -> Any:
+        """Sends a request and waits for the answer."""
+        try:
+            self._connection.send((verb, argument))
+        except OSError as error:
+            raise Failed(f"its process ended with exit code {self._process.exitcode}") from error
+        return self.answer(limit)
+
+    def answer(self, limit: float) -> Any:
+        """Waits for an answer.
+
+        Raises:
+            LeftOut: If the contender does not do what it was asked for.
+            Failed: If it cannot, or not within ``limit`` seconds.
+        """
+        try:
+            if not self._connection.poll(limit):
+                self.end()
+                raise Failed(f"took longer than {limit:.0f} s and was ended")
+            kind, value = self._connection.recv()
+        except (EOFError, ConnectionError) as error:
+            self._process.join(10)
+            raise Failed(f"its process ended with exit code {self._process.exitcode}") from error
+        if kind == "left out":
+            raise LeftOut(value)
+        if kind == "failed":
+            raise Failed(value)
+        return value
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def end(self) -> None:
+        self._connection.close()
+        self._process.join(0.5)
+        if self._process.is_alive():
+            self._process.kill()
+        self._process.join()
+
+
+class Race:
+    """Measures cases; a context manager, which ends every process that it started.
+
+    Attributes:
+        left_out: Why contenders take no part at all, by name.
+        device: What the contenders run on.
+    """
+
+    def __init__(self, contenders: Sequence[str], settings: Settings):
+        self.settings = settings
+        self.left_out: dict[str, str] = {}
+        self.device: dict[str, Any] = {"device": "cpu"}
+        self._names = list(contenders)
+        self._workers: dict[str, Worker] = {}
+        self._at = ""
+
+    def __enter__(self) -> "Race":
+        self._start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end()
+
+    def run(self, cases: Iterable[Case], report: Callable[[dict], None]) -> list[dict[str, Any]]:
+        """Measures the cases one after the other; ``report`` is given each result at once."""
+        results = []
+        for case in cases:
+            if self._at not in ("", case.worker):
+                self._end()
+            self._at = case.worker
+            self._start()
+            result = described(case) | {"contenders": self._measure(case)}
+            report(result)
+            results.append(result)
+        return results
+
+    def _measure(self, case: Case) -> dict[str, Any]:
+        found: dict[str, dict[str, Any]] = {}
+        samples: dict[str, list[float]] = {}
+        for name in [name for name in self._names if name in self._workers]:
+            answer = self._ask(name, "start", case, START_SECONDS, found)
+            if answer is not None:
+                found[name] = answer
+                samples[name] = []
+        if case.suite == "models":
+            for name in samples:
+                answer = self._ask(name, "memory", None, START_SECONDS, found)
+                if answer is not None:
+                    found[name] |= answer
+        for turn in range(self.settings.turns):
+            # Who is first in one turn is last in the next.
+            names = [name for name in samples if "failed" not in found[name]]
+            for name in np.roll(names, -turn).tolist():
+                answer = self._ask(name, "turn", self.settings.seconds, TURN_SECONDS, found)
+                samples[name] += answer or []
+        for name, times in samples.items():
+            if "failed" not in found[name]:
+                quartiles = np.percentile(times, [25, 50, 75])
+                found[name] |= dict(zip(("q1", "ms", "q3"), quartiles.tolist(), strict=True))
+                found[name]["samples"] = len(times)
+        _compare(found)
+        return found
+
+    def _ask(self, name: str, verb: str, argument: Any, limit: float, found: dict) -> Any:
+        """An answer, or None and the reason in ``found``."""
+        try:
+            return self._workers[name].ask(verb, argument, limit)
+        except LeftOut as reason:
+            found[name] = {"left_out": str(reason)}
+        except Failed as reason:
+            found[name] = {"failed": str(reason)}
+        return None
+
+    def _start(self) -> None:
+        """Starts the processes that are missing, all at once: nothing is measured meanwhile."""
+        for name, old in list(self._workers.items()):
+            if not old.alive:
+                old.end()
+                del self._workers[name]
+        missing = [n for n in self._names if n not in self._workers and n not in self.left_out]
+        started = {name: Worker(name, self.settings) for name in missing}
+        self._workers |= started
+        for name, new in started.items():
+            try:
+                self.device = new.answer(IMPORT_SECONDS)
+            except (LeftOut, Failed) as reason:
+                self.left_out[name] = str(reason)
+                self._workers.pop(name).end()
+
+    def _end(self) -> None:
+        for old in self._workers.values():
+            old.end()
+        self._workers = {}
+
+
+def _compare(found: dict[str, dict[str, Any]]) -> None:
+    """Replaces each contender's values by their largest difference from the first contender's that has the same.
+
+    Relative to the largest of the values. Contenders without values, and Identity, which computes
+    something else on purpose, have no difference.
+    """
+    values = {name: entry.pop("values", {}) for name, entry in found.items()}
+    first = next((v for name, v in values.items() if v and name != "identity"), {})
+    for name, mine in values.items():
+        if mine and name != "identity":
+            found[name]["difference"] = {
+                key: float(np.max(np.abs(mine[key] - value)) / max(np.max(np.abs(value)), 1e-30))
+                for key, value in first.items()
+            }

@@ -1,0 +1,54 @@
+"""A run's results: kept as JSON, and the ratios that are read from them."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def save(run: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_rounded(run), indent=1) + "\n")
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def select(run: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
+    """The results whose case has these values."""
+    return [r for r in run["results"] if all(r.get(key) == v for key, v in wanted.items())]
+
+
+def value(result: dict[str, Any], contender: str, key: str = "ms") -> float | None:
+    """What a contender reached in a case; None if it did not run it."""
+    return result["contenders"].get(contender, {}).get(key)
+
+
+def ratios(
+    results: Iterable[dict[str, Any]], over: str, under: str, key: str = "ms"
+) -> dict[str, float]:
+    """By subject, how many times as much ``over`` took as ``under``; cases that both have run."""
+    found = {}
+    for result in results:
+        above, below = value(result, over, key), value(result, under, key)
+        if above is not None and below is not None:
+            found[result["subject"]] = above / below
+    return found
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logarithms = [math.log(v) for v in values]
+    return math.exp(sum(logarithms) / len(logarithms))
+
+
+def _rounded(value: Any) -> Any:
+    """Four digits: more say nothing, and make changes hard to read."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(v) for v in value]
+    return value

@@ -1,0 +1,137 @@
+"""A run's results as Markdown."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.results import geometric_mean, ratios, select, value
+
+TRAIN_PASSES, INFER_PASSES = 8, 2
+"""How often a tensor of the size of the input is read or written, at least: in training x twice and y once,
+then x and dy twice and dx once; in inference x once and y once. A pass in place is one read and one write."""
+
+
+def document(run: dict[str, Any]) -> str:
+    """Everything, for the file beside the JSON."""
+    parts = [f"# {title(run)}", setting(run)]
+    for suite, unit in (("layers", "a layer, in a stack of 8"), ("models", "a step")):
+        for phase, precision, mode in _kinds(run, suite):
+            results = select(run, suite=suite, phase=phase, precision=precision, mode=mode)
+            parts.append(
+                f"## {suite.capitalize()}: {phase}, {mode}, {precision} (milliseconds {unit})\n\n"
+                + timings(run, results)
+            )
+            if any(value(r, n, "peak_mb") for r in results for n in run["contenders"]):
+                parts.append("Peak memory, MB:\n\n" + memory(run, results))
+    parts.append("## In short\n\n" + summary(run))
+    return "\n\n".join(parts) + "\n"
+
+
+def title(run: dict[str, Any]) -> str:
+    environment = run["environment"]
+    where = environment.get("gpu") or f"{environment['cores']} cores, {environment['processor']}"
+    return f"Batch normalization on {where}"
+
+
+def setting(run: dict[str, Any]) -> str:
+    """What was run on what, and who did not take part."""
+    e = run["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
+    variables = ", ".join(f"`{name}={v}`" for name, v in e["variables"].items()) or "none"
+    s = run["settings"]
+    lines = [
+        f"- {run['date']}; {e['system']}, {e['processor']}, {e['cores']} cores, "
+        f"{e['memory_gib']} GiB; {e['threads']} threads" + (f"; {e['gpu']}" if "gpu" in e else ""),
+        f"- Python {e['python']}, {versions}",
+        f"- variables: {variables}",
+        f"- median (and quartiles) of {s['turns']} turns of about {1000 * s['seconds']:.0f} ms each, the "
+        "contenders in turn; tracing, and the first step with what it compiles, are apart",
+    ]
+    lines += [f"- left out: {name}: {why}" for name, why in run["left_out"].items()]
+    return "\n".join(lines)
+
+
+def timings(run: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
+    names = _running(run, results)
+    rows = [[r["subject"], *(_time(r["contenders"].get(n, {})) for n in names)] for r in results]
+    starts = [
+        [f"{r['subject']}, to start", *(_start(r["contenders"].get(n, {})) for n in names)]
+        for r in results
+    ]
+    return table(["", *names], rows + starts)
+
+
+def memory(run: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
+    names = [n for n in run["contenders"] if any(value(r, n, "peak_mb") for r in results)]
+    return table(
+        ["", *names],
+        [[r["subject"], *(_number(value(r, n, "peak_mb"), 0) for n in names)] for r in results],
+    )
+
+
+def summary(run: dict[str, Any], ours: str = "tfbn") -> str:
+    """Ours against the others, in ratios: above 1, ours is the faster one, or takes less memory."""
+    rows = []
+    for suite in ("layers", "models"):
+        for phase, precision, mode in _kinds(run, suite):
+            results = select(run, suite=suite, phase=phase, precision=precision, mode=mode)
+            kind = f"{suite}, {phase}, {mode}, {precision}"
+            for other in run["contenders"]:
+                if other not in (ours, "floor", "identity"):
+                    rows += _ratio_row(f"{kind}: {other} / {ours}", ratios(results, other, ours))
+                    rows += _ratio_row(
+                        f"{kind}: memory {other} / {ours}",
+                        ratios(results, other, ours, "peak_mb"),
+                    )
+            passes = TRAIN_PASSES if phase == "train" else INFER_PASSES
+            floor = {s: 2 * r / passes for s, r in ratios(results, ours, "floor").items()}
+            rows += _ratio_row(f"{kind}: {ours} / {passes} passes over memory", floor)
+    return table(["", "geometric mean", "least", "most", "each"], rows)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _ratio_row(name: str, found: dict[str, float]) -> list[list[str]]:
+    if not found:
+        return []
+    each = ", ".join(f"{subject} {ratio:.2f}" for subject, ratio in found.items())
+    numbers = [geometric_mean(found.values()), min(found.values()), max(found.values())]
+    return [[name, *(f"{n:.2f}" for n in numbers), each]]
+
+
+def _kinds(run: dict[str, Any], suite: str) -> list[tuple[str, str, str]]:
+    """Phase, precision and mode of what was run, in that order, training first."""
+    found = {(r["phase"], r["precision"], r["mode"]) for r in select(run, suite=suite)}
+    order = ("train", "infer", "float32", "bfloat16", "float16", "graph", "xla", "eager")
+    return sorted(found, key=lambda kind: [order.index(part) for part in kind])
+
+
+def _running(run: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[str]:
+    """The contenders that have anything to show here."""
+    return [
+        n
+        for n in run["contenders"]
+        if any("left_out" not in r["contenders"].get(n, {"left_out": ""}) for r in results)
+    ]
+
+
+def _time(entry: dict[str, Any]) -> str:
+    if "failed" in entry:
+        return f"failed: {entry['failed']}"
+    if "ms" not in entry:
+        return ""
+    return f"{entry['ms']:.3g} ({entry['q1']:.3g}–{entry['q3']:.3g})"
+
+
+def _start(entry: dict[str, Any]) -> str:
+    if "first_step_seconds" not in entry:
+        return ""
+    trace = entry["trace_seconds"]
+    traced = "" if trace is None else f"{trace:.1f} s + "
+    return f"{traced}{entry['first_step_seconds']:.1f} s"
+
+
+def _number(number: float | None, digits: int) -> str:
+    return "" if number is None else f"{number:.{digits}f}"
