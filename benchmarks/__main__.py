@@ -1,8 +1,9 @@
-"""Measures batch normalization layers against each other.
+r"""Measures batch normalization layers against each other.
 
+Examples:
     python -m benchmarks                                # everything: some 20 minutes
     python -m benchmarks layers --quick                 # a first look
-    python -m benchmarks layers --shapes 256x1024 --modes graph xla --phases train \\
+    python -m benchmarks layers --shapes 256x1024 --modes graph xla --phases train \
         --contenders keras tfbn my.module:MyLayer
 """
 

@@ -4,8 +4,8 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.cases import Case, ModelCase
-from benchmarks.program import Program
+from benchmarks.cases import DEPTH, Case, ModelCase
+from benchmarks.program import LeftOut, Program
 
 LAYER_CLASSES = {
     "keras": "keras.layers:BatchNormalization",
@@ -13,11 +13,8 @@ LAYER_CLASSES = {
     "tfbn": "tfbn:BatchNormalization",
     "identity": "benchmarks.identity:Identity",
 }
-DEFAULT = ("keras", "tf_keras", "torch", "tfbn", "identity", "floor")
-
-
-class LeftOut(Exception):
-    """This contender does not take part, here or at all; the text says why."""
+FLOORS = ("floor", "floor_cached")
+DEFAULT = ("keras", "tf_keras", "torch", "tfbn", "identity", *FLOORS)
 
 
 @dataclass(frozen=True)
@@ -40,12 +37,12 @@ class Contender:
             from benchmarks import models
 
             return models.program(self.layer_class, self.library, case)
-        if self.name == "floor":
+        if self.name in FLOORS:
             if case.mode != "graph":
                 raise LeftOut("is the same in every mode: see graph")
             from benchmarks import floor
 
-            return floor.program(case)
+            return floor.program(case, tensors=DEPTH if self.name == "floor" else 1)
         if self.name == "torch":
             if case.mode == "xla":
                 raise LeftOut("runs eagerly, hence beside graph and eager")
@@ -64,9 +61,9 @@ def load(name: str) -> Contender:
         LeftOut: If it is not installed, or cannot run on the device that the others run on.
     """
     try:
-        if name in ("torch", "floor"):
-            if name == "torch":
-                _check_torch_device()
+        if name == "torch":
+            _check_torch_device()
+        if name in ("torch", *FLOORS):
             return Contender(name)
         module, _, attribute = LAYER_CLASSES.get(name, name).partition(":")
         if not attribute:

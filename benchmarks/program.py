@@ -14,6 +14,10 @@ WARM_STEPS = 3
 SAMPLE_SECONDS = {"cpu": 0.005, "gpu": 0.05}
 
 
+class LeftOut(Exception):
+    """This contender does not take part, in a case or at all; the text says why."""
+
+
 @dataclass
 class Program:
     """What a worker times.

@@ -1,15 +1,18 @@
 """Runs contenders against each other, each in a process of its own, in turns."""
 
 import multiprocessing
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import environment, worker
 from benchmarks.cases import Case, described
-from benchmarks.contenders import LeftOut
+from benchmarks.program import LeftOut
 
 IMPORT_SECONDS, START_SECONDS, TURN_SECONDS = 180.0, 300.0, 120.0
 """How long a worker may take for what it is asked, before it is ended."""
@@ -40,10 +43,14 @@ class Worker:
     """A contender's process, seen from outside."""
 
     def __init__(self, name: str, settings: Settings):
+        # TensorFlow says a lot on its way up; only what a failed worker said is of interest.
+        self._messages = tempfile.NamedTemporaryFile()  # noqa: SIM115
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=worker.serve, args=(theirs, name, settings.threads), daemon=True
+            target=worker.serve,
+            args=(theirs, name, settings.threads, self._messages.name),
+            daemon=True,
         )
         variables = environment.of_workers(settings.threads, settings.keep_memory)
         with environment.variables(variables):
@@ -67,7 +74,7 @@ class Worker:
         """
         try:
             if not self._connection.poll(limit):
-                self.end()
+                self._process.kill()
                 raise Failed(f"took longer than {limit:.0f} s and was ended")
             kind, value = self._connection.recv()
         except (EOFError, ConnectionError) as error:
@@ -79,6 +86,10 @@ class Worker:
             raise Failed(value)
         return value
 
+    def messages(self) -> str:
+        """What the process wrote to standard error."""
+        return Path(self._messages.name).read_text(errors="replace")
+
     @property
     def alive(self) -> bool:
         return self._process.is_alive()
@@ -89,6 +100,7 @@ class Worker:
         if self._process.is_alive():
             self._process.kill()
         self._process.join()
+        self._messages.close()
 
 
 class Race:
@@ -162,6 +174,7 @@ class Race:
             found[name] = {"left_out": str(reason)}
         except Failed as reason:
             found[name] = {"failed": str(reason)}
+            print(self._workers[name].messages(), file=sys.stderr, flush=True)
         return None
 
     def _start(self) -> None:

@@ -1,25 +1,29 @@
 """The process of one contender: does what the parent asks for, one thing at a time."""
 
 import gc
+import os
 import traceback
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import Case
+from benchmarks.program import LeftOut
 
 
-def serve(connection: Connection, name: str, threads: int) -> None:
+def serve(connection: Connection, name: str, threads: int, messages: str) -> None:
     """Answers requests until the parent hangs up.
 
     A request is (verb, argument), an answer ("done", value), ("left out", why) or ("failed", why).
     The first answer comes unasked and says on what device this contender runs, or why it does not.
     """
+    with Path(messages).open("ab") as file:
+        os.dup2(file.fileno(), 2)
     from benchmarks import contenders
 
     try:
         _limit_threads(name, threads)
         contender = contenders.load(name)
-    except contenders.LeftOut as reason:
+    except LeftOut as reason:
         connection.send(("left out", str(reason)))
         return
     connection.send(("done", _device()))
@@ -35,12 +39,12 @@ def serve(connection: Connection, name: str, threads: int) -> None:
                 gc.collect()
                 program = contender.program(argument)
                 answer = program.start()
-            elif verb == "turn":
-                answer = program.turn(argument)
-            else:
+            elif verb == "memory":
                 answer = program.memory()
+            else:
+                answer = program.turn(argument)
             connection.send(("done", answer))
-        except contenders.LeftOut as reason:
+        except LeftOut as reason:
             connection.send(("left out", str(reason)))
         except Exception as error:
             traceback.print_exc()
