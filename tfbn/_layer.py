@@ -310,8 +310,8 @@ class BatchNormalization(keras.layers.Layer):
 
     def _by_renorm(self, x: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, Moments]:
         scale, offset = self._scale(x), self._offset(x)
-        one, zero = tf.ones_like(scale), tf.zeros_like(offset)
-        normalized, moments = self._by_batch(x, one, zero, self._axes, mask)
+        # Once for the moments, which r and d need; then all of it at once, so that half precision rounds only once.
+        _, moments = self._by_batch(x, scale, offset, self._axes, mask)
         r, d = _renorm.corrections(
             moments,
             tf.cast(self.renorm_mean, scale.dtype),
@@ -319,10 +319,7 @@ class BatchNormalization(keras.layers.Layer):
             self.renorm_clipping or {},
             self.epsilon,
         )
-        # Normalized values have mean 0 and variance 1: this is inference with those statistics.
-        y = normalize(
-            normalized, zero, one, r * scale, d * scale + offset, axes=self._axes, epsilon=0.0
-        )
+        y, _ = self._by_batch(x, r * scale, d * scale + offset, self._axes, mask)
         return y, moments
 
     def _scale(self, x: tf.Tensor) -> tf.Tensor:

@@ -15,13 +15,14 @@ complete nor needed often.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from tfbn import _formula, _fused, _xla
-from tfbn._moments import Moments
+from tfbn._moments import Moments, reduced_axes
 
 
 def normalize_batch(
@@ -47,6 +48,17 @@ def normalize_batch(
         The output in the dtype of ``x``, differentiable in ``x``, ``gamma`` and ``beta``; and the
         batch's moments, for bookkeeping: they carry no gradient.
     """
+    if _interleaved(x, axes):
+        to_last, back_again, last = _channels_last(x.shape.rank, axes)
+        y, batch = normalize_batch(
+            tf.transpose(x, to_last),
+            gamma,
+            beta,
+            axes=last,
+            epsilon=epsilon,
+            mask=None if mask is None else tf.transpose(mask, to_last),
+        )
+        return tf.transpose(y, back_again), batch
     run: Callable[..., tuple[tf.Tensor, Moments, Any]]
     back: Callable[..., tuple[tf.Tensor, ...]]
     if mask is None and _fused.serves(x, axes) and not _xla.compiling():
@@ -80,6 +92,12 @@ def normalize(
 
     Shapes and dtypes as in :func:`normalize_batch`; ``mean`` and ``variance`` are like ``gamma``.
     """
+    if _interleaved(x, axes):
+        to_last, back_again, last = _channels_last(x.shape.rank, axes)
+        y = normalize(
+            tf.transpose(x, to_last), mean, variance, gamma, beta, axes=last, epsilon=epsilon
+        )
+        return tf.transpose(y, back_again)
     plain = functools.partial(_formula.inference, axes=axes, epsilon=epsilon)
     if not _fused.serves(x, axes) or _xla.compiling():
         return plain(x, mean, variance, gamma, beta)
@@ -102,6 +120,22 @@ def normalize(
         return _fused.inference(*inputs, epsilon=epsilon), back
 
     return _differentiable(forward, plain, x, mean, variance, gamma, beta)
+
+
+def _interleaved(x: tf.Tensor, axes: Sequence[int]) -> bool:
+    """Whether per-channel values cannot be broadcast against ``x`` as it stands.
+
+    TensorFlow's kernels broadcast over at most 5 alternating runs of axes; a list of axes can make more.
+    """
+    channel = [axis in axes for axis in range(x.shape.rank)]
+    return 1 + sum(a != b for a, b in itertools.pairwise(channel)) > 5
+
+
+def _channels_last(rank: int, axes: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """The permutation that brings the channel axes to the end, its inverse, and where they are then."""
+    to_last = [*reduced_axes(rank, axes), *axes]
+    back_again = [to_last.index(axis) for axis in range(rank)]
+    return to_last, back_again, list(range(rank - len(axes), rank))
 
 
 def _on_gpu(x: tf.Tensor) -> bool:
