@@ -27,7 +27,8 @@ def built(shape: tuple[int, ...], axis: int, **arguments) -> tfbn.BatchNormaliza
     layer = tfbn.BatchNormalization(axis, **{"momentum": 0.5, **arguments})
     layer.build((None, *shape))
     dtype = layer.compute_dtype
-    layer(tf.random.normal((8, *shape), 1.0, 2.0, dtype, seed=0), training=True)
+    x = np.random.default_rng(5).normal(1.0, 2.0, (8, *shape))
+    layer(tf.cast(x, dtype), training=True)
     return layer
 
 

@@ -69,7 +69,7 @@ def two_moons() -> tuple[np.ndarray, np.ndarray]:
     return x.astype("float32"), label.astype("float32")[:, None]
 
 
-def trained(*hidden: keras.layers.Layer, epochs: int = 15) -> tuple[keras.Model, list[float]]:
+def trained(*hidden: keras.layers.Layer, epochs: int = 30) -> tuple[keras.Model, list[float]]:
     model = keras.Sequential(
         [keras.Input((2,)), *hidden, keras.layers.Dense(1, activation="sigmoid")]
     )

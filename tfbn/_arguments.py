@@ -98,16 +98,23 @@ def checked_renorm_clipping(clipping: Any, renorm: bool) -> dict[str, float] | N
             f"`renorm_clipping` must be a dict with keys among {list(RENORM_CLIPPING_KEYS)}. "
             f"Received: renorm_clipping={clipping!r}"
         )
-    rmin, rmax, dmax = (clipping.get(key) for key in ("rmin", "rmax", "dmax"))
+    for key, limit in clipping.items():
+        if limit is None:  # As in Keras: not clipped on this side.
+            continue
+        if not _is_number(limit):
+            raise TypeError(
+                f"The limits in `renorm_clipping` must be numbers. Received: {key}={limit!r}"
+            )
+        if not limit >= 0:  # NaN is not.
+            raise ValueError(
+                "`renorm_clipping` clips r to [rmin, rmax] and d to [-dmax, dmax], so no limit may be "
+                f"negative. Received: {key}={limit!r}"
+            )
+    rmin, rmax = clipping.get("rmin"), clipping.get("rmax")
     if rmin is not None and rmax is not None and rmax < rmin:
         raise ValueError(
             "`renorm_clipping` clips r to [rmin, rmax], so rmax must not be smaller than rmin. "
             f"Received: rmax={rmax!r}, rmin={rmin!r}"
-        )
-    if dmax is not None and dmax < 0:
-        raise ValueError(
-            "`renorm_clipping` clips d to [-dmax, dmax], so dmax must not be negative. "
-            f"Received: dmax={dmax!r}"
         )
     return dict(clipping)
 
