@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cases, contenders, environment, results, tables
+from benchmarks import bars, cases, contenders, environment, results, tables
 from benchmarks.race import Race, Settings
 
 DEFAULT_OUTPUT = Path("build/benchmarks")
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     threads = options.threads or _cores()
     settings = Settings(
-        turns=3 if options.quick else 9,
+        turns=3 if options.quick else 7,
         seconds=0.03 if options.quick else 0.1,
         threads=threads,
         keep_memory=options.malloc == "keep",
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"no picture: {error}. Install it: pip install 'tfbn[plots]'", file=sys.stderr)
     else:
         picture.draw(run, options.output / f"{name}.png")
-    print(f"\n{tables.summary(run)}\n\nresults: {options.output}/{name}.json, .md, .png")
+    print(f"\n{bars.summary(run)}\n\nresults: {options.output}/{name}.json, .md, .png")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ from benchmarks.tables import title
 
 COLORS = dict(
     zip(
-        ("keras", "tf_keras", "torch", "tfbn", "identity", "floor"),
+        ("keras", "tf_keras", "torch", "tfbn", "identity", "floor", "floor_cached"),
         mpl.colormaps["tab10"].colors,
         strict=False,
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-WARM_SECONDS = 0.2
 WARM_STEPS = 3
 # Steps shorter than this are timed several at once: so short a time says more of the clock, and on
 # a GPU of the way there and back, than of the work.
@@ -42,7 +41,7 @@ class Program:
     _steps: int = 1
     _step_seconds: float = 0.0
 
-    def start(self) -> dict[str, Any]:
+    def start(self, warm_seconds: float) -> dict[str, Any]:
         """Runs the first step, which compiles, then warms up; returns what the first one gave."""
         begin = time.perf_counter()
         result = self.step()
@@ -51,7 +50,7 @@ class Program:
         values = self.values(result)
         del result
         times: list[float] = []
-        while len(times) < WARM_STEPS or sum(times) < WARM_SECONDS:
+        while len(times) < WARM_STEPS or sum(times) < warm_seconds:
             times.append(self._timed(1))
         self._step_seconds = float(np.median(times))
         self._steps = max(1, round(SAMPLE_SECONDS[self.device] / self._step_seconds))

@@ -95,11 +95,9 @@ class Worker:
         return self._process.is_alive()
 
     def end(self) -> None:
-        self._connection.close()
-        self._process.join(0.5)
-        if self._process.is_alive():
-            self._process.kill()
+        self._process.kill()
         self._process.join()
+        self._connection.close()
         self._messages.close()
 
 
@@ -143,7 +141,7 @@ class Race:
         found: dict[str, dict[str, Any]] = {}
         samples: dict[str, list[float]] = {}
         for name in [name for name in self._names if name in self._workers]:
-            answer = self._ask(name, "start", case, START_SECONDS, found)
+            answer = self._ask(name, "start", (case, self.settings.seconds), START_SECONDS, found)
             if answer is not None:
                 found[name] = answer
                 samples[name] = []

@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.results import geometric_mean, ratios, select, value
 
-TRAIN_PASSES, INFER_PASSES = 8, 2
+PASSES = {"train": 8, "infer": 2}
 """How often a tensor of the size of the input is read or written, at least: in training x twice and y once,
 then x and dy twice and dx once; in inference x once and y once. A pass in place is one read and one write."""
 
@@ -14,7 +14,7 @@ def document(run: dict[str, Any]) -> str:
     """Everything, for the file beside the JSON."""
     parts = [f"# {title(run)}", setting(run)]
     for suite, unit in (("layers", "a layer, in a stack of 8"), ("models", "a step")):
-        for phase, precision, mode in _kinds(run, suite):
+        for phase, precision, mode in kinds(run, suite):
             results = select(run, suite=suite, phase=phase, precision=precision, mode=mode)
             parts.append(
                 f"## {suite.capitalize()}: {phase}, {mode}, {precision} (milliseconds {unit})\n\n"
@@ -22,7 +22,7 @@ def document(run: dict[str, Any]) -> str:
             )
             if any(value(r, n, "peak_mb") for r in results for n in run["contenders"]):
                 parts.append("Peak memory, MB:\n\n" + memory(run, results))
-    parts.append("## In short\n\n" + summary(run))
+    parts.append("## Ratios\n\n" + comparison(run))
     return "\n\n".join(parts) + "\n"
 
 
@@ -44,7 +44,8 @@ def setting(run: dict[str, Any]) -> str:
         f"- Python {e['python']}, {versions}",
         f"- variables: {variables}",
         f"- median (and quartiles) of {s['turns']} turns of about {1000 * s['seconds']:.0f} ms each, the "
-        "contenders in turn; tracing, and the first step with what it compiles, are apart",
+        "contenders in turn; tracing, and the first step with what it compiles, are apart; PyTorch runs "
+        "eagerly, beside graphs too",
     ]
     lines += [f"- left out: {name}: {why}" for name, why in run["left_out"].items()]
     return "\n".join(lines)
@@ -68,24 +69,33 @@ def memory(run: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def summary(run: dict[str, Any], ours: str = "tfbn") -> str:
+def comparison(run: dict[str, Any], ours: str = "tfbn") -> str:
     """Ours against the others, in ratios: above 1, ours is the faster one, or takes less memory."""
     rows = []
     for suite in ("layers", "models"):
-        for phase, precision, mode in _kinds(run, suite):
+        for phase, precision, mode in kinds(run, suite):
             results = select(run, suite=suite, phase=phase, precision=precision, mode=mode)
             kind = f"{suite}, {phase}, {mode}, {precision}"
             for other in run["contenders"]:
-                if other not in (ours, "floor", "identity"):
+                if other not in (ours, "floor", "floor_cached", "identity"):
                     rows += _ratio_row(f"{kind}: {other} / {ours}", ratios(results, other, ours))
                     rows += _ratio_row(
                         f"{kind}: memory {other} / {ours}",
                         ratios(results, other, ours, "peak_mb"),
                     )
-            passes = TRAIN_PASSES if phase == "train" else INFER_PASSES
-            floor = {s: 2 * r / passes for s, r in ratios(results, ours, "floor").items()}
-            rows += _ratio_row(f"{kind}: {ours} / {passes} passes over memory", floor)
+            passes = PASSES[phase]
+            for floor, where in (("floor", "memory"), ("floor_cached", "caches")):
+                found = floor_multiples(results, ours, floor)
+                rows += _ratio_row(f"{kind}: {ours} / {passes} passes over {where}", found)
     return table(["", "geometric mean", "least", "most", "each"], rows)
+
+
+def floor_multiples(
+    results: Sequence[dict[str, Any]], contender: str, floor: str
+) -> dict[str, float]:
+    """By subject, how many times as long as the passes that it cannot do without a contender takes."""
+    passes = {result["subject"]: PASSES[result["phase"]] for result in results}
+    return {s: 2 * ratio / passes[s] for s, ratio in ratios(results, contender, floor).items()}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -101,8 +111,8 @@ def _ratio_row(name: str, found: dict[str, float]) -> list[list[str]]:
     return [[name, *(f"{n:.2f}" for n in numbers), each]]
 
 
-def _kinds(run: dict[str, Any], suite: str) -> list[tuple[str, str, str]]:
-    """Phase, precision and mode of what was run, in that order, training first."""
+def kinds(run: dict[str, Any], suite: str) -> list[tuple[str, str, str]]:
+    """Phase, precision and mode of what was run, training first."""
     found = {(r["phase"], r["precision"], r["mode"]) for r in select(run, suite=suite)}
     order = ("train", "infer", "float32", "bfloat16", "float16", "graph", "xla", "eager")
     return sorted(found, key=lambda kind: [order.index(part) for part in kind])

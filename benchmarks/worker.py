@@ -21,8 +21,8 @@ def serve(connection: Connection, name: str, threads: int, messages: str) -> Non
     from benchmarks import contenders
 
     try:
-        _limit_threads(name, threads)
         contender = contenders.load(name)
+        _limit_threads(name, threads)
     except LeftOut as reason:
         connection.send(("left out", str(reason)))
         return
@@ -37,8 +37,9 @@ def serve(connection: Connection, name: str, threads: int, messages: str) -> Non
             if verb == "start":
                 program = None
                 gc.collect()
-                program = contender.program(argument)
-                answer = program.start()
+                case, warm_seconds = argument
+                program = contender.program(case)
+                answer = program.start(warm_seconds)
             elif verb == "memory":
                 answer = program.memory()
             else:
@@ -54,10 +55,8 @@ def serve(connection: Connection, name: str, threads: int, messages: str) -> Non
 
 def _limit_threads(name: str, threads: int) -> None:
     if name == "torch":
-        try:
-            import torch
-        except ImportError:
-            return  # Loading says so.
+        import torch
+
         torch.set_num_threads(threads)
     import tensorflow as tf
 

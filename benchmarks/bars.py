@@ -1,0 +1,106 @@
+"""What a run is to show of ``tfbn.BatchNormalization``, and what it shows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.cases import CPU_SHAPES, GPU_SHAPES
+from benchmarks.results import geometric_mean, ratios, select
+from benchmarks.tables import floor_multiples, table
+
+OURS = "tfbn"
+# The shapes that the bars are about; the others come on top.
+SHAPES = {"cpu": CPU_SHAPES[:5], "gpu": GPU_SHAPES[:5]}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A number of this run, and what it is wanted to be: at least ``wanted``, or ``at_most`` that."""
+
+    name: str
+    measured: float
+    wanted: float
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.measured <= self.wanted if self.at_most else self.measured >= self.wanted
+
+
+def bars(run: dict[str, Any]) -> list[Bar]:
+    """Those for which this run has the numbers."""
+    on_gpu = run["environment"]["device"] == "gpu"
+    return [*(_layers_on_gpu(run) if on_gpu else _layers_on_cpu(run)), *_models(run)]
+
+
+def summary(run: dict[str, Any]) -> str:
+    return table(
+        ["", "measured", "wanted", ""],
+        [
+            [
+                bar.name,
+                f"{bar.measured:.2f}",
+                f"{'≤' if bar.at_most else '≥'} {bar.wanted:g}",
+                "" if bar.met else "missed",
+            ]
+            for bar in bars(run)
+        ],
+    )
+
+
+def _layers_on_cpu(run: dict[str, Any]) -> Iterator[Bar]:
+    yield from _against(run, "keras", "train", "graph", mean=3, least=2)
+    yield from _against(run, "torch", "train", "graph", mean=1)
+    yield from _against(run, "keras", "train", "xla", mean=1.2, least=0.95)
+    yield from _against(run, "keras", "train", "eager", mean=2)
+    yield from _against(run, "keras", "infer", "graph", mean=1, least=1)
+    yield from _against(run, "keras", "infer", "xla", mean=1, least=1)
+    yield from _against_floor(run, wanted=2)
+
+
+def _layers_on_gpu(run: dict[str, Any]) -> Iterator[Bar]:
+    for precision in ("float32", "bfloat16", "float16"):
+        yield from _against(run, "keras", "train", "graph", precision, mean=2, least=1)
+        yield from _against(run, "keras", "train", "xla", precision, least=1)
+        yield from _against(run, "keras", "train", "eager", precision, least=1)
+        yield from _against(run, "torch", "train", "graph", precision, mean=1)
+    yield from _against_floor(run, wanted=1.3)
+
+
+def _against(
+    run: dict[str, Any],
+    other: str,
+    phase: str,
+    mode: str,
+    precision: str = "float32",
+    *,
+    mean: float | None = None,
+    least: float | None = None,
+) -> Iterator[Bar]:
+    results = select(run, suite="layers", phase=phase, mode=mode, precision=precision)
+    shapes = SHAPES[run["environment"]["device"]]
+    found = {s: r for s, r in ratios(results, other, OURS).items() if s in shapes}
+    name = f"layers, {phase}, {mode}, {precision}: {other} / {OURS}"
+    if found and mean is not None:
+        yield Bar(f"{name}, geometric mean", geometric_mean(found.values()), mean)
+    if found and least is not None:
+        shape = min(found, key=lambda s: found[s])
+        yield Bar(f"{name}, least ({shape})", found[shape], least)
+
+
+def _against_floor(run: dict[str, Any], wanted: float) -> Iterator[Bar]:
+    largest = SHAPES[run["environment"]["device"]][0]
+    results = select(run, phase="train", mode="graph", precision="float32", subject=largest)
+    for multiple in floor_multiples(results, OURS, "floor").values():
+        name = f"layers, train, graph, float32: {OURS} / 8 passes over memory, {largest}"
+        yield Bar(name, multiple, wanted, at_most=True)
+
+
+def _models(run: dict[str, Any]) -> Iterator[Bar]:
+    for precision in ("float32", "bfloat16"):
+        results = select(run, suite="models", phase="train", mode="graph", precision=precision)
+        for model, ratio in ratios(results, "keras", OURS).items():
+            wanted = 1.2 if model == "ResNet50" else 1.3
+            yield Bar(f"{model}, train, graph, {precision}: keras / {OURS}", ratio, wanted)
+        for model, ratio in ratios(results, "keras", OURS, "peak_mb").items():
+            yield Bar(f"{model}, train, graph, {precision}: memory keras / {OURS}", ratio, 1)

@@ -1,0 +1,102 @@
+"""README's tables of results: written between markers, from the JSON files that the markers name.
+
+Usage:
+    python -m benchmarks.readme
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.bars import OURS
+from benchmarks.results import geometric_mean, ratios, select, value
+from benchmarks.tables import floor_multiples, kinds, setting, table
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = Path("benchmarks/results")
+MARKED = re.compile(r"(<!-- (\S+\.json) -->\n)(.*?)(<!-- end of \2 -->)", re.DOTALL)
+COLUMNS = {"keras": "Keras 3", "tf_keras": "tf_keras (Keras 2)", "torch": "PyTorch", OURS: "tfbn"}
+
+
+def rendered(text: str, root: Path = ROOT) -> str:
+    """The text with everything between markers generated anew."""
+
+    def replace(match: re.Match[str]) -> str:
+        begin, name, _, end = match.groups()
+        return f"{begin}\n{section(results.load(root / name))}\n\n{end}"
+
+    return MARKED.sub(replace, text)
+
+
+def section(run: dict[str, Any]) -> str:
+    """What README shows of a run; a part for which the run has no numbers is left out."""
+    parts = [setting(run), _layers(run), _ratios(run), _models(run)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _layers(run: dict[str, Any]) -> str:
+    found = select(run, suite="layers", phase="train", mode="graph", precision="float32")
+    if not found:
+        return ""
+    names = [name for name in COLUMNS if name in run["contenders"]]
+    speed, floor = ratios(found, "keras", OURS), floor_multiples(found, OURS, "floor")
+    rows = [
+        [
+            result["subject"].replace("x", "×"),
+            *(_number(value(result, name)) for name in names),
+            _number(speed.get(result["subject"])),
+            _number(floor.get(result["subject"])),
+        ]
+        for result in found
+    ]
+    columns = [COLUMNS[name] for name in names]
+    return (
+        "Milliseconds a layer, forward and backward, graph mode, float32, in a stack of 8 layers "
+        "(`@1`: channels on axis 1):\n\n"
+        + table(["", *columns, "Keras 3 / tfbn", "tfbn / 8 passes over memory"], rows)
+    )
+
+
+def _ratios(run: dict[str, Any]) -> str:
+    rows = []
+    for phase, precision, mode in kinds(run, "layers"):
+        found = ratios(
+            select(run, suite="layers", phase=phase, precision=precision, mode=mode), "keras", OURS
+        )
+        if found:
+            least = min(found, key=lambda subject: found[subject])
+            rows.append(
+                [
+                    f"{'training' if phase == 'train' else 'inference'}, {mode}, {precision}",
+                    _number(geometric_mean(found.values())),
+                    f"{_number(found[least])} ({least.replace('x', '×')})",
+                ]
+            )
+    head = ["Keras 3's time / tfbn's, over all shapes", "geometric mean", "least"]
+    return table(head, rows) if rows else ""
+
+
+def _models(run: dict[str, Any]) -> str:
+    names = [name for name in ("keras", "tf_keras", OURS) if name in run["contenders"]]
+    rows = []
+    for phase, precision, mode in kinds(run, "models"):
+        for r in select(run, suite="models", phase=phase, precision=precision, mode=mode):
+            what = f"{r['subject']}, batch {r['batch']}, {phase}, {mode}, {precision}"
+            entries = [f"{_number(value(r, n))} ({_number(value(r, n, 'peak_mb'))})" for n in names]
+            rows.append([what, *entries, _number(ratios([r], "keras", OURS).get(r["subject"]))])
+    if not rows:
+        return ""
+    return "Milliseconds a step (and megabytes at the peak):\n\n" + table(
+        ["", *(COLUMNS[name] for name in names), "Keras 3 / tfbn"], rows
+    )
+
+
+def _number(number: float | None) -> str:
+    """Three digits; without any for what was not measured."""
+    return "–" if number is None else f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
+if __name__ == "__main__":
+    README.write_text(rendered(README.read_text()))
