@@ -1,0 +1,307 @@
+r"""What batch normalization layers see over a whole data set, in as few passes over it as it takes.
+
+Normalizing by the statistics of all data needs them first, and those of a layer depend on what the
+layers before it do with theirs. So the calls are sorted into levels by what feeds what, and each
+level takes one pass: calls that do not feed each other share it. Calls of earlier levels normalize
+by what their passes found.
+
+The model is traced once, into a function that returns the moments of all calls. A pass asks it for
+those of its level, and TensorFlow drops what these do not need: only the part of the model before
+them runs. A call in a branch or a loop cannot return tensors from there; it pools its moments where
+it is, and the model is then traced once for each pass.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfbn import _arguments
+from tfbn._calls import Call, calls_replaced, functions_inlined, levels
+from tfbn._feed import Feed
+from tfbn._freeze import statistics_are_frozen
+from tfbn._layer import BatchNormalization
+from tfbn._models import BatchNormLayer, batch_norm_layers
+from tfbn._moments import Moments
+from tfbn._sites import Site, normalize_by_batch, values
+
+Forward = Callable[[keras.layers.Layer, Any], Any]
+Summary = Callable[[tf.Tensor, Sequence[int], tf.Tensor | None], Moments]
+UPSTREAM = ("population", "batch")
+
+
+class Population:
+    """Measures what every call of some layers sees over a data set.
+
+    Everything in the model runs in inference mode, except these layers: they normalize by the
+    statistics of all data or, with ``upstream="batch"``, by those of each batch. Nothing of the
+    model changes.
+
+    Args:
+        model: A built model.
+        layers: Built batch normalization layers of it.
+        forward: Runs the model on a batch, in inference mode.
+        spec: The nested `tf.TypeSpec` of a batch.
+        upstream: "population" or "batch".
+        summaries: What else to pool for each call, beside the moments of its inputs.
+
+    Attributes:
+        sites: The calls, in their order.
+        passes: How many passes over the data it takes.
+        strategy: Over whose replicas each batch is shared out.
+    """
+
+    def __init__(
+        self,
+        model: keras.layers.Layer,
+        layers: Sequence[BatchNormLayer],
+        *,
+        forward: Forward,
+        spec: Any,
+        upstream: str,
+        summaries: Sequence[Summary] = (),
+    ):
+        self._model = model
+        self._layers = layers
+        self._forward = forward
+        self._exact = upstream == "population"
+        self._summaries = (values, *summaries)
+        self.strategy = strategy_of(model)
+        calls = self._calls(spec)
+        steps = levels([call for _, call in calls]) if self._exact else [0] * len(calls)
+        with self.strategy.scope():
+            self.sites = [
+                Site(layer, level, call.nested, len(self._summaries))
+                for (layer, call), level in zip(calls, steps, strict=True)
+            ]
+        self.passes = 1 + max(steps, default=-1)
+        self._observe = tf.function(self._observed, autograph=False)
+        self._compiled: dict[Any, Callable[[Any], None]] = {}
+
+    def measure(self, batches: Callable[[int], Iterable[tuple[Any, Any]]]) -> None:
+        """Runs all passes.
+
+        Args:
+            batches: Gives the batches of the pass of this number, each with its spec.
+
+        Raises:
+            NotFiniteError: If the inputs of a layer are not finite.
+            ValueError: If a call runs in a loop, so that its statistics depend on what it does to
+                itself, or if the model calls other layers for some batches than for the first.
+        """
+        for level in range(self.passes):
+            count = 0
+            for batch, spec in batches(level):
+                self._step(spec, level)(batch)
+                count += 1
+            with self.strategy.scope():
+                for site in self.sites:
+                    if site.level == level:
+                        self._check_runs_once(site, count)
+                        site.conclude()
+
+    def _calls(self, spec: Any) -> list[tuple[BatchNormLayer, Call]]:
+        """All calls of the layers, in the order in which the model makes them."""
+        calls: list[tuple[BatchNormLayer, Call]] = []
+
+        def trace(batch: Any) -> None:
+            graph = tf.compat.v1.get_default_graph()
+
+            def recorded(layer: BatchNormLayer) -> Callable[..., tf.Tensor]:
+                infer = layer.call
+
+                def call(inputs: Any, training: Any = None, mask: Any = None) -> tf.Tensor:
+                    output = tf.identity(infer(inputs, training=False, mask=mask))
+                    read = [
+                        tf.convert_to_tensor(part) for part in (inputs, mask) if part is not None
+                    ]
+                    nested = output.graph is not graph
+                    calls.append((layer, Call(read, output, nested)))
+                    return output
+
+                return call
+
+            with calls_replaced([(layer, recorded(layer)) for layer in self._layers]):
+                self._forward(self._model, batch)
+
+        with functions_inlined():
+            tf.function(trace, autograph=False).get_concrete_function(spec)
+        return calls
+
+    def _step(self, spec: Any, level: int) -> Callable[[Any], None]:
+        """The compiled function that takes a batch into the pools of this level."""
+        key = (level, *tf.nest.flatten(spec))
+        if key not in self._compiled:
+
+            def step(batch: Any) -> None:
+                self.strategy.run(self._take, args=(batch, level))
+
+            with functions_inlined():
+                function = tf.function(step, autograph=False).get_concrete_function(spec)
+            self._compiled[key] = function
+        return self._compiled[key]
+
+    def _take(self, batch: Any, level: int) -> None:
+        """One replica's part of a batch."""
+        nested = any(site.nested for site in self.sites)
+        arguments = (_share(batch), level if nested else None)
+        # Asked for so, the function is traced once, and called here as what it was traced into.
+        observe = self._observe.get_concrete_function(*arguments)
+        for site, summaries in zip(self.sites, observe(*arguments), strict=True):
+            if site.level == level and not site.nested:
+                site.add(summaries)
+
+    def _observed(self, batch: Any, level: int | None) -> list[list[Moments]]:
+        """Runs the model on a batch; what its calls see."""
+        seen: list[list[Moments]] = []
+
+        def observed(layer: BatchNormLayer) -> Callable[..., tf.Tensor]:
+            def call(inputs: Any, training: Any = None, mask: Any = None) -> tf.Tensor:
+                self._check_next(len(seen), layer)
+                site = self.sites[len(seen)]
+                x = tf.convert_to_tensor(inputs)
+                axes = _arguments.resolved_axes(layer.axis, x.shape)
+                mask = None if mask is None else _arguments.fitted_mask(mask, x)
+                summaries = [summary(x, axes, mask) for summary in self._summaries]
+                if site.nested and site.level == level:
+                    site.add(summaries)
+                seen.append([] if site.nested else summaries)
+                if self._exact:
+                    return site.normalize(x, axes)
+                return normalize_by_batch(layer, x, axes, mask)
+
+            return call
+
+        with calls_replaced([(layer, observed(layer)) for layer in self._layers]):
+            self._forward(self._model, batch)
+        self._check_next(len(seen), None)
+        return seen
+
+    def _check_next(self, number: int, layer: BatchNormLayer | None) -> None:
+        """Raises unless the call of this number is one of this layer; of none: unless there are no more."""
+        expected = self.sites[number].layer if number < len(self.sites) else None
+        if layer is not expected:
+            names = [
+                repr(name_of(each)) if each else "no further one" for each in (expected, layer)
+            ]
+            raise ValueError(
+                "The model calls other batch normalization layers for this batch than for the first: "
+                "it must run alike on all. Group the data by what the model does with it, and pass "
+                f"each part alone. Received: as call {number + 1}, {names[1]} in place of {names[0]}."
+            )
+
+    def _check_runs_once(self, site: Site, batches: int) -> None:
+        """Raises if a call whose runs each have statistics of their own runs more than once a batch."""
+        if (
+            self._exact
+            and site.nested
+            and site.runs() > batches * self.strategy.num_replicas_in_sync
+        ):
+            raise ValueError(
+                "A batch normalization layer runs in a loop of the graph, as tf.while_loop, tf.map_fn and "
+                "recurrent layers make them. What it sees in one turn depends on what it did in the one "
+                "before, and there is no telling the turns apart. Unroll the loop (`unroll=True` in "
+                'Keras\'s recurrent layers), or pass upstream="batch". '
+                f"Received: layer {name_of(site.layer)!r}, {site.runs()} turns in {batches} batches."
+            )
+
+
+def survey(
+    model: keras.layers.Layer,
+    feed: Feed,
+    upstream: str,
+    forward: Forward | None,
+    *,
+    include_frozen: bool,
+    summaries: Sequence[Summary] = (),
+) -> tuple[list[BatchNormLayer], Population]:
+    """All batch normalization layers of a model, and what measures those whose statistics can move.
+
+    Raises:
+        TypeError: If `model` is no Keras layer.
+        ValueError: If there is nothing to measure, or ``upstream`` is unknown.
+    """
+    if upstream not in UPSTREAM:
+        raise ValueError(f"`upstream` must be one of {UPSTREAM}. Received: upstream={upstream!r}.")
+    forward = _infer if forward is None else forward
+    batch_norm_layers(model)  # Refuses what is no layer.
+    if not model.built:
+        tf.function(lambda batch: forward(model, batch), autograph=False).get_concrete_function(
+            feed.spec
+        )
+    layers = batch_norm_layers(model)
+    if not layers:
+        raise ValueError(
+            "The model has no batch normalization layers, hence no statistics of theirs. "
+            f"Received: model {model.name!r} of type {type(model).__name__}."
+        )
+    live = [layer for layer in layers if include_frozen or not statistics_are_frozen(layer)]
+    if not live:
+        raise ValueError(
+            "All batch normalization layers of the model are frozen: pass include_frozen=True, or "
+            f"`tfbn.unfreeze` it. Received: model {model.name!r}, {len(layers)} frozen layers."
+        )
+    for layer in live:
+        _check_call_is_known(layer)
+    population = Population(
+        model,
+        [layer for layer in live if layer.built],
+        forward=forward,
+        spec=feed.spec,
+        upstream=upstream,
+        summaries=summaries,
+    )
+    if not population.sites:
+        raise ValueError(
+            "The model, run on a batch, calls none of its batch normalization layers: pass the function "
+            "that does as `forward`. "
+            f"Received: model {model.name!r}, layers {[name_of(layer) for layer in live]}."
+        )
+    return layers, population
+
+
+def _infer(model: keras.layers.Layer, batch: Any) -> Any:
+    """Runs the model on the inputs in a batch, in inference mode."""
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
+    expected = len(getattr(model, "inputs", None) or [x])
+    # Without labels, the inputs of a model with several may come as the batch itself.
+    if tf.is_tensor(x) and expected > 1 and len(batch) == expected:
+        x = batch
+    return model(x, training=False)
+
+
+def _check_call_is_known(layer: BatchNormLayer) -> None:
+    """Raises for a subclass that computes something of its own."""
+    known = (keras.layers.BatchNormalization.call, BatchNormalization.call)
+    if type(layer).call not in known:
+        raise ValueError(
+            "This layer has a `call` of its own, and what it does with the statistics is unknown: only "
+            "keras.layers.BatchNormalization, tfbn.BatchNormalization and subclasses that leave `call` "
+            f"alone are understood. Received: layer {name_of(layer)!r} of type {type(layer).__name__}."
+        )
+
+
+def name_of(layer: keras.layers.Layer) -> str:
+    """What to call a layer in reports: its name, after those of the models it is in."""
+    return str(layer.path)
+
+
+def strategy_of(model: keras.layers.Layer) -> tf.distribute.Strategy:
+    """The strategy that the model was made under, or the one in scope."""
+    return getattr(model, "distribute_strategy", None) or tf.distribute.get_strategy()
+
+
+def _share(batch: Any) -> Any:
+    """This replica's share of a batch: consecutive examples."""
+    context = tf.distribute.get_replica_context()
+    replicas = context.num_replicas_in_sync
+    if replicas == 1:
+        return batch
+
+    def part(values: Any) -> Any:
+        size = tf.shape(values)[0]
+        number = tf.cast(context.replica_id_in_sync_group, size.dtype)
+        return values[size * number // replicas : size * (number + 1) // replicas]
+
+    return tf.nest.map_structure(part, batch)

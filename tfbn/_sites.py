@@ -1,0 +1,141 @@
+"""One call of a batch normalization layer, and the moments of what it sees over many batches."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from tfbn._models import BatchNormLayer
+from tfbn._moments import Moments, along, merge, moments, statistics_dtype
+from tfbn._normalize import normalize, normalize_batch
+
+
+class NotFiniteError(ValueError):
+    """Some input of a layer is NaN or infinite, and so are its statistics."""
+
+
+class Pool:
+    """Moments of all that was added, in float64. Each replica adds to a part of its own."""
+
+    def __init__(self, shape: Sequence[int]):
+        self._parts = [
+            tf.Variable(
+                tf.zeros(shape, tf.float64),
+                trainable=False,
+                synchronization=tf.VariableSynchronization.ON_READ,
+                aggregation=tf.VariableAggregation.NONE,
+            )
+            for _ in Moments._fields
+        ]
+
+    def add(self, new: Moments) -> None:
+        """Merges moments of any precision into the part of this replica."""
+        old = Moments(*(tf.convert_to_tensor(part) for part in self._parts))
+        merged = merge(old, Moments(*(tf.cast(value, tf.float64) for value in new)))
+        for part, value in zip(self._parts, merged, strict=True):
+            part.assign(tf.broadcast_to(value, part.shape))
+
+    def read(self) -> Moments:
+        """The moments of all parts together, as arrays; called with the strategy in scope."""
+        strategy = tf.distribute.get_strategy()
+        here = strategy.run(
+            lambda: tf.stack([tf.convert_to_tensor(part) for part in self._parts])[tf.newaxis]
+        )
+        first, *others = tf.unstack(strategy.gather(here, axis=0))
+        pooled = Moments(*tf.unstack(first))
+        for other in others:
+            pooled = merge(pooled, Moments(*tf.unstack(other)))
+        return Moments(*(value.numpy() for value in pooled))
+
+
+class Site:
+    """One call of a layer in a model.
+
+    Attributes:
+        layer: The layer that is called.
+        level: The number of the pass that measures it.
+        nested: Whether it runs in a graph inside the traced one.
+        found: Once measured: what each summary says of its inputs over all data. The first one is
+            of the inputs themselves.
+    """
+
+    def __init__(self, layer: BatchNormLayer, level: int, nested: bool, summaries: int):
+        shape = layer.moving_mean.shape
+        self.layer = layer
+        self.level = level
+        self.nested = nested
+        self.found: tuple[Moments, ...] = ()
+        self._pools = [Pool(shape) for _ in range(summaries)]
+        self._runs = Pool(())
+        # Before its pass: the layer's own, so that what runs behind it sees numbers of its kind.
+        self._mean = tf.Variable(tf.cast(layer.moving_mean, tf.float64), trainable=False)
+        self._variance = tf.Variable(tf.cast(layer.moving_variance, tf.float64), trainable=False)
+
+    def add(self, summaries: Sequence[Moments]) -> None:
+        """Takes in one batch."""
+        for pool, summary in zip(self._pools, summaries, strict=True):
+            pool.add(summary)
+        if self.nested:
+            self._runs.add(Moments(tf.ones([]), tf.zeros([]), tf.zeros([])))
+
+    def runs(self) -> int:
+        """How often a nested call ran."""
+        return int(self._runs.read().count)
+
+    def conclude(self) -> None:
+        """Ends its pass. From now on it can `normalize`.
+
+        Raises:
+            NotFiniteError: If the moments of its inputs are not finite.
+        """
+        self.found = tuple(pool.read() for pool in self._pools)
+        count, mean, variance = self.found[0]
+        if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
+            raise NotFiniteError(
+                "The inputs of a batch normalization layer are not all finite: there are NaN or "
+                "infinite values in the data, in the weights, or in a frozen layer before it. "
+                f"Find them there. Received: layer {self.layer.path!r}."
+            )
+        # A channel without a single value under the mask keeps what the layer has.
+        here = count > 0
+        self._mean.assign(np.where(here, mean, self.layer.moving_mean.numpy()))
+        self._variance.assign(np.where(here, variance, self.layer.moving_variance.numpy()))
+
+    def normalize(self, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+        """Normalizes by what was found, as one training step on all data at once would."""
+        # The mean in two parts: a single number of the dtype of x has too few digits if it is large.
+        mean = tf.convert_to_tensor(self._mean)
+        coarse = tf.cast(mean, x.dtype)
+        dtype = statistics_dtype(x.dtype)
+        y = normalize(
+            x - along(coarse, x, axes),
+            tf.cast(mean - tf.cast(coarse, tf.float64), dtype),
+            tf.cast(tf.convert_to_tensor(self._variance), dtype),
+            *_affine(self.layer, dtype),
+            axes=axes,
+            epsilon=self.layer.epsilon,
+        )
+        return tf.cast(y, self.layer.compute_dtype)
+
+
+def normalize_by_batch(
+    layer: BatchNormLayer, x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None
+) -> tf.Tensor:
+    """What the layer gives for a batch in training, by the formula: without renorm or virtual batches."""
+    scale, offset = _affine(layer, statistics_dtype(x.dtype))
+    y, _ = normalize_batch(x, scale, offset, axes=axes, epsilon=layer.epsilon, mask=mask)
+    return tf.cast(y, layer.compute_dtype)
+
+
+def values(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) -> Moments:
+    """The moments of a batch, in float64: its values less a shift are summed in their own precision."""
+    shift, relative = moments(x, axes, mask)
+    count, mean, variance = (tf.cast(value, tf.float64) for value in relative)
+    return Moments(count, tf.cast(shift, tf.float64) + mean, variance)
+
+
+def _affine(layer: BatchNormLayer, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
+    shape = layer.moving_mean.shape
+    gamma = tf.ones(shape, dtype) if layer.gamma is None else tf.cast(layer.gamma, dtype)
+    beta = tf.zeros(shape, dtype) if layer.beta is None else tf.cast(layer.beta, dtype)
+    return gamma, beta
