@@ -1,0 +1,56 @@
+"""Keras callbacks as they are: what they are given, and what they need."""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import keras
+
+from tfbn._training._backup import Backup
+
+Callback: TypeAlias = keras.callbacks.Callback
+
+
+def split_backup(
+    callbacks: Callback | Sequence[Callback] | None,
+) -> tuple[Backup | None, list[Callback]]:
+    """Takes `BackupAndRestore` out of the callbacks: the loop does its work itself.
+
+    A subclass of it stays, and does what it does.
+    """
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks = callbacks.callbacks
+    given = (
+        [callbacks] if isinstance(callbacks, keras.callbacks.Callback) else list(callbacks or ())
+    )
+    for callback in given:
+        if not isinstance(callback, keras.callbacks.Callback):
+            raise TypeError(
+                "`callbacks` must be Keras callbacks. "
+                f"Received: {callback!r} of type {type(callback).__name__}."
+            )
+    backups = [c for c in given if type(c) is keras.callbacks.BackupAndRestore]
+    if len(backups) > 1:
+        raise ValueError(
+            "Training can be backed up in one place. "
+            f"Received: {len(backups)} BackupAndRestore callbacks."
+        )
+    return (Backup(backups[0]) if backups else None), [c for c in given if c not in backups]
+
+
+def any_overrides(callbacks: Sequence[Callback], *methods: str) -> bool:
+    """Whether one of the callbacks does anything in one of these methods."""
+    return any(
+        getattr(getattr(callback, method), "__func__", None) is not getattr(Callback, method)
+        for callback in callbacks
+        for method in methods
+    )
+
+
+def restored_epoch(model: keras.Model) -> int | None:
+    """The epoch that a callback of the user's restored in `on_train_begin`, if one did.
+
+    This is how Keras's callbacks tell `model.fit`; there is no public name for it.
+    """
+    epoch = getattr(model, "_initial_epoch", None)
+    model._initial_epoch = None  # or the next run would take it for its own
+    return epoch

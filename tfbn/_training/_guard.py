@@ -1,0 +1,57 @@
+"""The mistake that custom loops make most: moving statistics that no training step ever moves."""
+
+import keras
+import numpy as np
+
+from tfbn._models import BatchNormLayer, batch_norm_layers
+
+
+class StatisticsNotUpdatedError(RuntimeError):
+    """A model was trained, and its batch normalization learned no statistics for inference."""
+
+
+def learns_statistics(layer: BatchNormLayer) -> bool:
+    """Whether training is meant to move the layer's moving statistics."""
+    return layer.trainable and layer.momentum != 1
+
+
+class StatisticsWatch:
+    """Remembers the moving statistics of a model, to see whether training moves them."""
+
+    def __init__(self, model: keras.Model):
+        self._before = [
+            (layer, _statistics(layer))
+            for layer in batch_norm_layers(model)
+            if layer.built and learns_statistics(layer)
+        ]
+
+    def check(self, steps: int) -> None:
+        """Raises if a layer still has, after `steps` steps, the very statistics that it began with.
+
+        Raises:
+            StatisticsNotUpdatedError: naming the layers, the likely causes and the cure.
+        """
+        stuck = [
+            layer
+            for layer, before in self._before
+            if learns_statistics(layer) and np.array_equal(before, _statistics(layer))
+        ]
+        if not stuck:
+            return
+        names = ", ".join(repr(layer.name) for layer in stuck)
+        raise StatisticsNotUpdatedError(
+            "Batch normalization learned nothing for inference: the moving statistics of "
+            f"{len(stuck)} of {len(self._before)} layers did not move in the first epoch. "
+            f"Received: {names}, after {steps} steps.\n"
+            "Likely causes, most common first:\n"
+            "- The model's own call passes them `training=False`, or a flag of its own, instead of the "
+            "`training` that it receives. Write `self.bn(x, training=training)`.\n"
+            "- The model never calls them in training. Remove them, or set `layer.trainable = False`.\n"
+            "- They left out every batch: each one was empty, masked altogether, or not finite. Look for "
+            "NaN and infinity in the data and in the layers before.\n"
+            "If they are meant to stand still, say so: set `layer.trainable = False`."
+        )
+
+
+def _statistics(layer: BatchNormLayer) -> np.ndarray:
+    return np.stack([layer.moving_mean.numpy(), layer.moving_variance.numpy()])

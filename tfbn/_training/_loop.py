@@ -1,0 +1,415 @@
+"""The training loop that users meet."""
+
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import keras
+import tensorflow as tf
+
+from tfbn._training._backup import Backup, Progress
+from tfbn._training._callbacks import any_overrides, restored_epoch, split_backup
+from tfbn._training._data import ArraySource, as_source
+from tfbn._training._guard import StatisticsWatch
+from tfbn._training._step import Steps
+from tfbn._training._stream import Stream
+
+Callback: TypeAlias = keras.callbacks.Callback
+
+
+class TrainingLoop:
+    r"""A custom training loop that treats batch normalization right, and Keras users as they expect.
+
+    Each batch is one call of a compiled step: forward under a `tf.GradientTape` with ``training=True``,
+    the gradients of loss and regularization, one step of the optimizer, the metrics. The model is
+    compiled by Keras's own `compile`, so losses, metrics, loss weights and mixed precision (its loss is
+    scaled) are all that they are for `model.fit`, and the trained model saves its optimizer too.
+
+    With ``accumulation_steps=k``, k consecutive batches make one update, with the gradient of the mean
+    loss over all their examples:
+
+    .. math:: g = \sum_i n_i g_i / \sum_i n_i
+
+    where :math:`g_i` is the gradient of the mean loss of batch i, and :math:`n_i` the number of its
+    examples (of its unmasked steps, where the output has a Keras mask). `tfbn.BatchNormalization` pools
+    the moments of the k batches exactly, by Chan's formula, and moves its averages once, as it would for
+    one batch of all their examples. Keras's own layer moves its averages k times. In the forward pass
+    either normalizes each of the k batches by its own statistics. The last group of an epoch may be
+    short, and is an update too.
+
+    After the first epoch the loop raises if batch normalization layers have learned no moving statistics,
+    the mistake that custom loops make most; layers that are to stand still (``trainable=False``, or
+    ``momentum=1``) are left alone.
+
+    Args:
+        model: A `keras.Model`. It is compiled for this loop.
+        optimizer: A Keras optimizer: an instance, its name or its config.
+        loss: A loss, as in `keras.Model.compile`: a name, a function, a `keras.losses.Loss`, or a list or
+            dict of them for several outputs. `None` if the model adds all its losses itself.
+        metrics: Metrics, as in `keras.Model.compile`.
+        strategy: `None`: one device.
+        jit_compile: Whether XLA compiles the step. ``"auto"`` is as in `keras.Model.compile`.
+        accumulation_steps: The number of consecutive batches that make one update.
+        loss_weights: As in `keras.Model.compile`.
+        weighted_metrics: As in `keras.Model.compile`.
+
+    Raises:
+        TypeError: if the model is no Keras model.
+        ValueError: if an argument has no meaning, or contradicts another.
+
+    Reference:
+        Chan, Golub, LeVeque. Algorithms for computing the sample variance. The American Statistician
+        37(3), 1983.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        optimizer: Any,
+        loss: Any = None,
+        metrics: Any = (),
+        strategy: tf.distribute.Strategy | None = None,
+        jit_compile: bool | str = False,
+        accumulation_steps: int = 1,
+        *,
+        loss_weights: Any = None,
+        weighted_metrics: Any = None,
+    ):
+        if not isinstance(model, keras.Model):
+            raise TypeError(
+                "TrainingLoop trains a keras.Model: Functional, Sequential or subclassed. "
+                f"Received: model={model!r} of type {type(model).__name__}."
+            )
+        if strategy is not None:
+            raise ValueError(
+                "TrainingLoop trains on one device: pass strategy=None. "
+                f"Received: strategy={strategy!r} of type {type(strategy).__name__}."
+            )
+        _check_count("accumulation_steps", accumulation_steps)
+        optimizer = keras.optimizers.get(optimizer)
+        if accumulation_steps > 1:
+            _check_accumulation(optimizer, loss)
+        settings = {
+            "loss": loss,
+            "loss_weights": loss_weights,
+            "metrics": (list(metrics) if isinstance(metrics, tuple) else metrics) or None,
+            "weighted_metrics": weighted_metrics,
+            "jit_compile": jit_compile,
+        }
+        # What Keras refuses, it refuses here, before the model is touched.
+        keras.Sequential().compile("sgd", **settings)
+        model.compile(optimizer, **settings)
+        self.model = model
+        self.accumulation_steps = accumulation_steps
+        # In half precision, Keras has wrapped it.
+        self.optimizer = model.optimizer
+        self._steps = Steps(model, accumulate=accumulation_steps > 1)
+
+    def fit(
+        self,
+        data: Any,
+        *,
+        validation_data: Any = None,
+        epochs: int = 1,
+        steps_per_epoch: int | None = None,
+        callbacks: Callback | Sequence[Callback] | None = None,
+        batch_size: int | None = None,
+        shuffle: bool = True,
+        seed: int | None = None,
+        class_weight: Mapping[int, float] | None = None,
+        validation_steps: int | None = None,
+        validation_freq: int = 1,
+        initial_epoch: int = 0,
+        verbose: int | str = "auto",
+    ) -> keras.callbacks.History:
+        """Trains the model.
+
+        Killed at any moment and started again with a `keras.callbacks.BackupAndRestore` among its
+        callbacks, it goes on from the last backup, in the middle of an epoch or of a group of accumulated
+        batches if that is where it was, and ends with the weights of a run that was never killed: the
+        same bits where the device computes the same bits twice (a CPU does). The loop does that
+        callback's work itself, from its `backup_dir`, `save_freq` and `delete_checkpoint`, and keeps in
+        one file that is replaced in one piece: weights, optimizer, metrics, the seeds of the layers, the
+        place in the data, and what History, EarlyStopping, ReduceLROnPlateau and ModelCheckpoint
+        remember. Needed for it: data that comes in the same order again (arrays do; a `tf.data.Dataset`
+        or generator is read again up to the place, so it must be seeded and deterministic), and no other
+        source of chance, such as `tf.random` in a layer or a callback's own memory.
+
+        Args:
+            data: A `tf.data.Dataset`; arrays ``x``, ``(x, y)`` or ``(x, y, sample_weight)``, where each
+                may be a tuple or dict of arrays; a `keras.utils.PyDataset`; or an iterable of batches,
+                such as a generator.
+            validation_data: Data to evaluate on after each epoch; likewise.
+            epochs: The number of the epoch to end with.
+            steps_per_epoch: How many batches make an epoch, by default one pass over the data. Endless
+                data needs it. A pass goes on in the next epoch, and is followed by another one.
+            callbacks: Keras callbacks.
+            batch_size: For arrays, 32 by default.
+            shuffle: Whether arrays (their examples) and a PyDataset (its batches) are shuffled.
+            seed: The order of each epoch follows from it. By default it is drawn from Python's `random`,
+                which `keras.utils.set_random_seed` seeds.
+            class_weight: Weight of each class in the loss; a class not named has weight 1.
+            validation_steps: How many batches to evaluate on, by default all.
+            validation_freq: Evaluate every so many epochs.
+            initial_epoch: The number of the epoch to begin with.
+            verbose: 0 is silent, 1 or "auto" a progress bar, 2 a line an epoch.
+
+        Returns:
+            The Keras History of losses and metrics; of the whole training, if it was interrupted.
+
+        Raises:
+            StatisticsNotUpdatedError: (a `RuntimeError`) if batch normalization did not learn its moving
+                statistics in the first epoch. The trained weights stay.
+            TypeError: if the data is of no kind that is known.
+            ValueError: if the data is empty, or an argument has no meaning. Nothing is changed then.
+        """
+        _check_count("epochs", epochs)
+        _check_count("validation_freq", validation_freq)
+        _check_count("initial_epoch", initial_epoch, least=0)
+        _check_count("steps_per_epoch", steps_per_epoch, optional=True)
+        _check_count("validation_steps", validation_steps, optional=True)
+        self._check_compiled()
+        backup, given = split_backup(callbacks)
+        saved = None if backup is None else backup.read()
+        if saved is None:
+            seed = random.randrange(2**31) if seed is None else seed
+            progress = Progress(seed=seed, epoch=initial_epoch)
+        else:
+            progress = saved.progress
+
+        train = _stream("data", data, steps_per_epoch, batch_size, shuffle, progress.seed)
+        validation = None
+        if validation_data is not None:
+            validation = _stream("validation_data", validation_data, validation_steps, batch_size)
+            if not validation.can_restart and epochs - initial_epoch > validation_freq:
+                raise ValueError(
+                    "`validation_data` can be read only once, and is needed in several epochs: pass "
+                    "a data set, arrays, or validation_steps. "
+                    f"Received: validation_data of type {type(validation_data).__name__}."
+                )
+        _check_batch_size(batch_size, train, validation)
+        train.open(progress.position)
+        if validation is not None:
+            validation.open(progress.validation_position)
+
+        self._steps.prepare(train.spec, class_weight)
+        hooks = keras.callbacks.CallbackList(
+            given,
+            add_history=True,
+            add_progbar=verbose != 0,
+            verbose=verbose,
+            epochs=epochs,
+            steps=train.steps,
+            model=self.model,
+        )
+        self.model.stop_training = progress.stopped
+        if saved is not None:
+            saved.restore_variables(self._state())
+        hooks.on_train_begin()
+        if saved is not None:
+            saved.restore_callbacks(hooks.callbacks)
+        restored = restored_epoch(self.model)
+        if restored:
+            train.skip_epochs(restored)
+            progress.epoch = restored
+
+        watch: StatisticsWatch | None = StatisticsWatch(self.model)
+        logs: dict[str, Any] | None = None
+        while progress.epoch < epochs and not self.model.stop_training:
+            began_at = progress.batches
+            if began_at == 0:
+                self.model.reset_metrics()
+            hooks.on_epoch_begin(progress.epoch)
+            self._train_epoch(train, hooks, progress, backup)
+            ran_out = not self.model.stop_training and progress.batches < (train.steps or 1)
+            if ran_out:
+                warnings.warn(
+                    f"The training data ran out after {progress.batches} batches of epoch "
+                    f"{progress.epoch + 1} of {epochs}: training ends here. Pass data that can be read "
+                    "again, or enough of it.",
+                    stacklevel=2,
+                )
+                if progress.batches == 0:
+                    break
+            if watch is not None and progress.batches > began_at:
+                watch.check(progress.batches - began_at)
+                watch = None
+            logs = _floats(self.model.get_metrics_result())
+            if validation is not None and (progress.epoch + 1) % validation_freq == 0:
+                validation.restart()
+                results = self._evaluate(validation, hooks)
+                logs |= {f"val_{name}": value for name, value in results.items()}
+                progress.validation_position = validation.position
+            hooks.on_epoch_end(progress.epoch, logs)
+            progress.epoch += 1
+            progress.batches = 0
+            progress.position = train.position
+            progress.stopped = self.model.stop_training or ran_out
+            if backup is not None and backup.after_epoch():
+                backup.write(progress, self._state(), hooks.callbacks)
+            self.model.stop_training = progress.stopped
+
+        self.optimizer.finalize_variable_values(self.model.trainable_variables)
+        hooks.on_train_end(logs)
+        if backup is not None:
+            backup.finish()
+        return next(c for c in hooks.callbacks if isinstance(c, keras.callbacks.History))
+
+    def evaluate(
+        self,
+        data: Any,
+        *,
+        steps: int | None = None,
+        callbacks: Callback | Sequence[Callback] | None = None,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
+    ) -> dict[str, float]:
+        """The loss and the metrics of the model in inference mode.
+
+        Args:
+            data: As in `fit`.
+            steps: How many batches to evaluate on, by default all.
+            callbacks: Keras callbacks.
+            batch_size: For arrays, 32 by default.
+            verbose: 0 is silent, 1 or "auto" a progress bar, 2 a line.
+
+        Returns:
+            Each value by its name, ``"loss"`` among them.
+
+        Raises:
+            TypeError: if the data is of no kind that is known.
+            ValueError: if the data is empty, or an argument has no meaning.
+        """
+        _check_count("steps", steps, optional=True)
+        self._check_compiled()
+        _, given = split_backup(callbacks)
+        stream = _stream("data", data, steps, batch_size)
+        _check_batch_size(batch_size, stream)
+        stream.open()
+        self._steps.build(stream.spec)
+        hooks = keras.callbacks.CallbackList(
+            given,
+            add_progbar=verbose != 0,
+            verbose=verbose,
+            epochs=1,
+            steps=stream.steps,
+            model=self.model,
+        )
+        return self._evaluate(stream, hooks)
+
+    def _train_epoch(
+        self,
+        stream: Stream,
+        hooks: keras.callbacks.CallbackList,
+        progress: Progress,
+        backup: Backup | None,
+    ) -> None:
+        """Trains on the rest of the epoch."""
+        # Logs cost a transfer from the device: they are handed on to who reads them only.
+        reports = any_overrides(hooks.callbacks, "on_train_batch_end", "on_batch_end")
+        for batch in stream.epoch(progress.batches):
+            hooks.on_train_batch_begin(progress.batches)
+            logs = self._steps.train(batch, stream.spec)
+            progress.batches += 1
+            if self.accumulation_steps > 1 and progress.batches % self.accumulation_steps == 0:
+                self._steps.update()
+            if reports:
+                hooks.on_train_batch_end(progress.batches - 1, logs)
+            if backup is not None and backup.after_batch():
+                progress.position = stream.position
+                progress.stopped = self.model.stop_training
+                backup.write(progress, self._state(), hooks.callbacks)
+            if self.model.stop_training:
+                break
+        if progress.batches % self.accumulation_steps != 0:
+            self._steps.update()
+
+    def _evaluate(self, stream: Stream, hooks: keras.callbacks.CallbackList) -> dict[str, float]:
+        reports = any_overrides(hooks.callbacks, "on_test_batch_end")
+        self.model.reset_metrics()
+        self.model.stop_evaluating = False
+        hooks.on_test_begin()
+        for step, batch in enumerate(stream.epoch()):
+            hooks.on_test_batch_begin(step)
+            logs = self._steps.test(batch, stream.spec)
+            if reports:
+                hooks.on_test_batch_end(step, logs)
+            if self.model.stop_evaluating:
+                break
+        results = _floats(self.model.get_metrics_result())
+        hooks.on_test_end(results)
+        return results
+
+    def _state(self) -> list[Any]:
+        """All variables that decide how the training goes on."""
+        model = self.model
+        return [
+            *model.variables,
+            *self.optimizer.variables,
+            *model.metrics_variables,
+            *self._steps.variables,
+        ]
+
+    def _check_compiled(self) -> None:
+        if self.model.optimizer is not self.optimizer:
+            raise RuntimeError(
+                "The model was compiled again after this TrainingLoop was made, by `model.compile` or "
+                "another loop: make a new TrainingLoop. "
+                f"Received: a model with optimizer {self.model.optimizer!r}."
+            )
+
+
+def _stream(
+    name: str,
+    data: Any,
+    steps: int | None,
+    batch_size: int | None,
+    shuffle: bool = False,
+    seed: int = 0,
+) -> Stream:
+    return Stream(name, as_source(name, data, batch_size or 32, shuffle, seed), steps)
+
+
+def _check_batch_size(batch_size: int | None, *streams: Stream | None) -> None:
+    if batch_size is None:
+        return
+    _check_count("batch_size", batch_size)
+    if not any(s is not None and isinstance(s.source, ArraySource) for s in streams):
+        raise ValueError(
+            "`batch_size` is for arrays, and this data comes in batches already: leave it out. "
+            f"Received: batch_size={batch_size!r}."
+        )
+
+
+def _check_count(name: str, value: Any, least: int = 1, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+            f"`{name}` must be an integer of at least {least}. Received: {name}={value!r}."
+        )
+
+
+def _check_accumulation(optimizer: keras.optimizers.Optimizer, loss: Any) -> None:
+    """Refuses what would not be the gradient of the mean loss over all examples."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    if inner.gradient_accumulation_steps:
+        raise ValueError(
+            "Gradients would be accumulated twice: set accumulation_steps of the loop, or "
+            "gradient_accumulation_steps of the optimizer, not both. Received: "
+            f"gradient_accumulation_steps={inner.gradient_accumulation_steps}."
+        )
+    for part in keras.tree.flatten(loss):
+        reduction = getattr(part, "reduction", "sum_over_batch_size")
+        if reduction not in ("sum_over_batch_size", "mean"):
+            raise ValueError(
+                "Accumulation needs a loss that is a mean over the examples of a batch: take "
+                f"reduction='sum_over_batch_size'. Received: {part!r} with reduction={reduction!r}."
+            )
+
+
+def _floats(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """Results of metrics as numbers (as arrays, where they are no scalars)."""
+    values = {name: keras.ops.convert_to_numpy(value) for name, value in logs.items()}
+    return {name: value.item() if value.ndim == 0 else value for name, value in values.items()}
