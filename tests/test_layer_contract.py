@@ -48,8 +48,12 @@ def test_arguments_are_keras_s_in_the_same_order_with_the_same_defaults():
         (p.name, p.default, p.kind) for p in stock
     ]
     own = [p for p in ours if p.kind is p.KEYWORD_ONLY]
-    assert [(p.name, p.default) for p in own] == [("virtual_batch_size", None)]
-    assert ours[-1].name == "virtual_batch_size"  # all that Keras may give by position is before
+    assert [(p.name, p.default) for p in own] == [
+        ("virtual_batch_size", None),
+        ("freeze_statistics", False),
+        ("freeze_affine", False),
+    ]
+    assert ours[-len(own) :] == own  # all that Keras may give by position is before
 
 
 def test_call_arguments_are_keras_s():
@@ -216,7 +220,8 @@ def test_training_flag_that_is_known_only_when_the_graph_runs(mode, arguments):
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = layer(x, training=training)
-        return y, *tape.gradient(y**3, [x, *[v.value for v in layer.trainable_variables]])
+            loss = tf.reduce_sum(y**3)
+        return y, *tape.gradient(loss, [x, *[v.value for v in layer.trainable_variables]])
 
     for each in (layer, plain):
         each.build((None, 3))
@@ -313,6 +318,8 @@ CONFIGURED = {
     "beta_constraint": keras.constraints.MaxNorm(2.0),
     "gamma_constraint": "non_neg",
     "virtual_batch_size": 4,
+    "freeze_statistics": True,
+    "freeze_affine": True,
     "name": "named",
     "trainable": False,
     "dtype": "mixed_bfloat16",

@@ -1,5 +1,6 @@
 """The Keras layer: weights, config, dtypes, the training flag, and what happens to the moving statistics."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,6 +57,11 @@ class BatchNormalization(keras.layers.Layer):
             normalization): the batch is cut into groups of this size, each with its own statistics,
             of which the moving statistics take the average. The batch size must be a multiple of
             it.
+        freeze_statistics: Whether the layer runs in inference mode whatever ``training`` says: the
+            moving statistics stand still and are what it normalizes by. No outer call and no outer
+            ``trainable`` overrides it. An attribute of the same name, which `tfbn.freeze` sets.
+        freeze_affine: Whether gamma and beta stay out of ``trainable_variables``, whatever any outer
+            ``trainable`` says. Likewise.
         **kwargs: ``name``, ``dtype``, ``trainable``, as for every Keras layer.
 
     Call arguments:
@@ -110,6 +116,8 @@ class BatchNormalization(keras.layers.Layer):
         synchronized: bool = False,
         *,
         virtual_batch_size: int | None = None,
+        freeze_statistics: bool = False,
+        freeze_affine: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -139,6 +147,8 @@ class BatchNormalization(keras.layers.Layer):
         self.moving_mean: Any = None
         self.moving_variance: Any = None
         self.update_count: Any = None
+        self.freeze_statistics = freeze_statistics
+        self.freeze_affine = freeze_affine
 
     def build(self, input_shape: Sequence[int | None]) -> None:
         axes = _arguments.resolved_axes(self.axis, input_shape)
@@ -187,6 +197,32 @@ class BatchNormalization(keras.layers.Layer):
             self.update_count = self.add_weight(
                 shape=(), dtype="int64", name="update_count", initializer="zeros", trainable=False
             )
+        self._settle_affine()
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the layer learns, as in Keras; where it is False, the layer runs in inference mode."""
+        return super().trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        keras.layers.Layer.trainable.fset(self, value)
+        self._settle_affine()
+
+    @property
+    def freeze_affine(self) -> bool:
+        """Whether gamma and beta are kept from learning, whatever ``trainable`` is set to."""
+        return self._freeze_affine
+
+    @freeze_affine.setter
+    def freeze_affine(self, value: bool) -> None:
+        self._freeze_affine = value
+        self._settle_affine()
+
+    def _settle_affine(self) -> None:
+        for weight in (self.gamma, self.beta):
+            if weight is not None:
+                weight.trainable = self.trainable and not self.freeze_affine
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         _arguments.check_input(inputs, self.name)  # Before anything is built for it.
@@ -199,7 +235,9 @@ class BatchNormalization(keras.layers.Layer):
         )
         if mask is not None:
             mask = _arguments.fitted_mask(mask, inputs)
-        if tf.is_tensor(training) and self.trainable:
+        if self.freeze_statistics or not self.trainable:
+            return self._infer(inputs)
+        if tf.is_tensor(training):
             value = tf.get_static_value(training)
             if value is None:
                 return tf.cond(
@@ -208,9 +246,7 @@ class BatchNormalization(keras.layers.Layer):
                     lambda: self._infer(inputs),
                 )
             training = bool(value)
-        if training and self.trainable:
-            return self._train(inputs, mask)
-        return self._infer(inputs)
+        return self._train(inputs, mask) if training else self._infer(inputs)
 
     def update_statistics(self, moments: Moments) -> None:
         """Takes one step of the moving statistics towards these moments.
@@ -341,7 +377,7 @@ class BatchNormalization(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            "axis": self.axis,
+            "axis": copy.copy(self.axis),
             "momentum": self.momentum,
             "epsilon": self.epsilon,
             "center": self.center,
@@ -357,8 +393,10 @@ class BatchNormalization(keras.layers.Layer):
             "beta_constraint": keras.constraints.serialize(self.beta_constraint),
             "gamma_constraint": keras.constraints.serialize(self.gamma_constraint),
             "renorm": self.renorm,
-            "renorm_clipping": self.renorm_clipping,
+            "renorm_clipping": copy.copy(self.renorm_clipping),
             "renorm_momentum": self.renorm_momentum,
             "synchronized": self.synchronized,
             "virtual_batch_size": self.virtual_batch_size,
+            "freeze_statistics": self.freeze_statistics,
+            "freeze_affine": self.freeze_affine,
         }
