@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 
+from tfbn._freeze import statistics_are_frozen
 from tfbn._models import BatchNormLayer, batch_norm_layers
 
 
@@ -12,7 +13,7 @@ class StatisticsNotUpdatedError(RuntimeError):
 
 def learns_statistics(layer: BatchNormLayer) -> bool:
     """Whether training is meant to move the layer's moving statistics."""
-    return layer.trainable and layer.momentum != 1
+    return not statistics_are_frozen(layer) and layer.momentum != 1
 
 
 class StatisticsWatch:
@@ -49,7 +50,7 @@ class StatisticsWatch:
             "- The model never calls them in training. Remove them, or set `layer.trainable = False`.\n"
             "- They left out every batch: each one was empty, masked altogether, or not finite. Look for "
             "NaN and infinity in the data and in the layers before.\n"
-            "If they are meant to stand still, say so: set `layer.trainable = False`."
+            "If they are meant to stand still, say so: `tfbn.freeze(model)`."
         )
 
 
