@@ -40,15 +40,18 @@ def forward(
 ) -> tuple[tf.Tensor, Moments, Saved]:
     """Normalizes ``x`` by its own moments. Returns the output, the moments and what to save."""
     shift, relative = moments(x, axes, mask)
-    y = _scale_and_shift(x, shift, relative, gamma, beta, axes, epsilon)
+    centred = _centred(tf.cast(x, gamma.dtype), shift, relative.mean, axes)
+    scale = gamma * tf.math.rsqrt(relative.variance + epsilon)
+    y = tf.cast(centred * along(scale, x, axes) + along(beta, x, axes), x.dtype)
     return y, relative._replace(mean=shift + relative.mean), Saved(shift, relative)
 
 
 def backward(
+    saved: Saved,
     dy: tf.Tensor,
     x: tf.Tensor,
     gamma: tf.Tensor,
-    saved: Saved,
+    beta: tf.Tensor,
     *,
     axes: Sequence[int],
     epsilon: float,
@@ -82,10 +85,21 @@ def plain(
     axes: Sequence[int],
     epsilon: float,
     mask: tf.Tensor | None,
-) -> tf.Tensor:
-    """The same function left to automatic differentiation: what gradients of gradients come from."""
-    shift, relative = moments(x, axes, mask)
-    return _scale_and_shift(x, shift, relative, gamma, beta, axes, epsilon)
+) -> tuple[tf.Tensor, Moments]:
+    r"""The same, in operations that TensorFlow differentiates rightly to any order.
+
+    It computes :math:`(x - c) s\gamma + (\beta - (\mu - c) s\gamma)` with the shift :math:`c`: one
+    multiply-add that does not cancel, since :math:`\mu - c` is small.
+    """
+    values = tf.cast(
+        x, gamma.dtype
+    )  # Once, so that the gradient is rounded to half precision once.
+    shift, relative = moments(values, axes, mask)
+    scale = gamma * tf.math.rsqrt(relative.variance + epsilon)
+    offset = beta - relative.mean * scale
+    deviation = values - along(shift, x, axes)
+    y = tf.cast(deviation * along(scale, x, axes) + along(offset, x, axes), x.dtype)
+    return y, relative._replace(mean=shift + relative.mean)
 
 
 def inference(
@@ -111,18 +125,3 @@ def inference(
 
 def _centred(x: tf.Tensor, shift: tf.Tensor, offset: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     return (x - along(shift, x, axes)) - along(offset, x, axes)
-
-
-def _scale_and_shift(
-    x: tf.Tensor,
-    shift: tf.Tensor,
-    relative: Moments,
-    gamma: tf.Tensor,
-    beta: tf.Tensor,
-    axes: Sequence[int],
-    epsilon: float,
-) -> tf.Tensor:
-    dtype = statistics_dtype(x.dtype)
-    centred = _centred(tf.cast(x, dtype), shift, relative.mean, axes)
-    scale = gamma * tf.math.rsqrt(relative.variance + epsilon)
-    return tf.cast(centred * along(scale, x, axes) + along(beta, x, axes), x.dtype)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tfbn._moments import Moments, count
+from tfbn._views import like
 
 DTYPES = (tf.float32, tf.float16, tf.bfloat16)
 
@@ -44,54 +45,56 @@ def forward(
     gamma: tf.Tensor,
     beta: tf.Tensor,
     *,
-    axes: Sequence[int],
     epsilon: float,
     on_gpu: bool,
 ) -> tuple[tf.Tensor, Moments, Saved]:
     """Normalizes ``x`` by its own moments. Returns the output, the moments and what to save."""
     flat = _flat(x, gamma)
-    gamma_flat, beta_flat = tf.reshape(gamma, [-1]), tf.reshape(beta, [-1])
-    n = count(x, axes)
+    scale, offset = _vector(gamma), _vector(beta)
+    n = count(flat, [3])
 
     def run(values: tf.Tensor) -> tuple[tf.Tensor, ...]:
         y, mean, unbiased, *reserve = tf.raw_ops.FusedBatchNormV3(
             x=values,
-            scale=gamma_flat,
-            offset=beta_flat,
+            scale=scale,
+            offset=offset,
             mean=tf.zeros([0]),
             variance=tf.zeros([0]),
             epsilon=epsilon,
             is_training=True,
         )
-        # The kernel returns the unbiased variance. One value has none (0/0 on some devices): its
-        # biased one is 0.
-        biased = tf.math.multiply_no_nan(unbiased, tf.math.divide_no_nan(n - 1, n))
-        return y, mean, biased, *reserve
+        if on_gpu:  # cuDNN's reserve is its own; one value has no unbiased variance (0/0 there).
+            variance = tf.math.multiply_no_nan(unbiased, tf.math.divide_no_nan(n - 1, n))
+        else:
+            variance = reserve[1]
+        return y, mean, variance, *reserve
 
     y, mean, variance, *reserve = run(flat)
-    if (
-        not on_gpu
-    ):  # cuDNN's kernel is accurate, and a decision by value would stop the GPU's queue.
+    if not on_gpu:  # cuDNN is accurate, and a decision by value would stop the GPU's queue.
 
         def again() -> tuple[tf.Tensor, ...]:
             shift = tf.cast(mean, x.dtype)
             centred = flat - shift
-            y, offset, *rest = run(centred)
-            return centred, y, tf.cast(shift, tf.float32) + offset, *rest
+            y, remainder, *rest = run(centred)
+            return centred, y, tf.cast(shift, tf.float32) + remainder, *rest
 
         flat, y, mean, variance, *reserve = _if(
             _mean_dominates(mean, variance, n, epsilon),
             again,
             lambda: (flat, y, mean, variance, *reserve),
         )
-    y = _like(y, x)
-    shape = gamma.shape
-    moments = Moments(n, tf.reshape(mean, shape), tf.reshape(variance, shape))
-    return y, moments, Saved(flat, tuple(reserve))
+    moments = Moments(n, like(mean, gamma), like(variance, gamma))
+    return like(y, x), moments, Saved(flat, tuple(reserve))
 
 
 def backward(
-    dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, saved: Saved, *, epsilon: float
+    saved: Saved,
+    dy: tf.Tensor,
+    x: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    *,
+    epsilon: float,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """The gradients with respect to x, gamma and beta."""
     return _gradient(dy, x, saved.x, gamma, saved.reserve, epsilon, is_training=True)
@@ -109,14 +112,14 @@ def inference(
     """Normalizes ``x`` by the given statistics."""
     y, *_ = tf.raw_ops.FusedBatchNormV3(
         x=_flat(x, gamma),
-        scale=tf.reshape(gamma, [-1]),
-        offset=tf.reshape(beta, [-1]),
-        mean=tf.reshape(mean, [-1]),
-        variance=tf.reshape(variance, [-1]),
+        scale=_vector(gamma),
+        offset=_vector(beta),
+        mean=_vector(mean),
+        variance=_vector(variance),
         epsilon=epsilon,
         is_training=False,
     )
-    return _like(y, x)
+    return like(y, x)
 
 
 def inference_backward(
@@ -129,7 +132,7 @@ def inference_backward(
     epsilon: float,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """The gradients with respect to x, gamma and beta, with the statistics held constant."""
-    reserve = (tf.reshape(mean, [-1]), tf.reshape(variance, [-1]), tf.zeros([0]))
+    reserve = (_vector(mean), _vector(variance), tf.zeros([0]))
     return _gradient(dy, x, _flat(x, gamma), gamma, reserve, epsilon, is_training=False)
 
 
@@ -145,25 +148,30 @@ def _gradient(
     dx, dgamma, dbeta, *_ = tf.raw_ops.FusedBatchNormGradV3(
         y_backprop=_flat(dy, gamma),
         x=seen,
-        scale=tf.reshape(gamma, [-1]),
+        scale=_vector(gamma),
         reserve_space_1=reserve[0],
         reserve_space_2=reserve[1],
         reserve_space_3=reserve[2],
         epsilon=epsilon,
         is_training=is_training,
     )
-    return _like(dx, x), tf.reshape(dgamma, gamma.shape), tf.reshape(dbeta, gamma.shape)
+    return like(dx, x), like(dgamma, gamma), like(dbeta, gamma)
 
 
 def _mean_dominates(
     mean: tf.Tensor, variance: tf.Tensor, n: tf.Tensor, epsilon: float
-) -> tf.Tensor:
-    limit = tf.square(_TOLERANCE / (_MEAN_ERROR + _MEAN_ERROR_PER_EXAMPLE * n))
-    return tf.reduce_any(tf.square(mean) > limit * (variance + epsilon))
+) -> tf.Tensor | bool:
+    if tf.executing_eagerly():  # A few numbers, here already: NumPy is ten times quicker with them.
+        mean, variance, n = mean.numpy(), variance.numpy(), n.numpy()
+    limit = (_TOLERANCE / (_MEAN_ERROR + _MEAN_ERROR_PER_EXAMPLE * n)) ** 2
+    dominates = mean * mean > limit * (variance + epsilon)
+    return dominates.any() if tf.executing_eagerly() else tf.reduce_any(dominates)
 
 
 def _if(
-    condition: tf.Tensor, true: Callable[[], tuple[tf.Tensor, ...]], false: Callable[[], tuple]
+    condition: tf.Tensor | bool,
+    true: Callable[[], tuple[tf.Tensor, ...]],
+    false: Callable[[], tuple[tf.Tensor, ...]],
 ) -> tuple[tf.Tensor, ...]:
     if tf.executing_eagerly():
         return true() if condition else false()
@@ -174,7 +182,5 @@ def _flat(x: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
     return tf.reshape(x, [-1, 1, 1, gamma.shape.num_elements()])
 
 
-def _like(y: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-    if x.shape.is_fully_defined():
-        return tf.reshape(y, x.shape)
-    return tf.ensure_shape(tf.reshape(y, tf.shape(x)), x.shape)
+def _vector(values: tf.Tensor) -> tf.Tensor:
+    return values if values.shape.rank == 1 else tf.reshape(values, [-1])

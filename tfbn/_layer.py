@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbn import _arguments, _renorm, _updates, _virtual
+from tfbn import _arguments, _averages, _renorm, _updates, _virtual
 from tfbn._moments import Moments, statistics_dtype
 from tfbn._normalize import normalize, normalize_batch
 
@@ -259,19 +259,18 @@ class BatchNormalization(keras.layers.Layer):
                 is; and if the mean or variance of any channel that counts is not finite, nothing
                 moves at all.
         """
-        count, mean, variance = (tf.cast(m, self.moving_mean.dtype) for m in moments)
-        sound = tf.math.is_finite(mean) & tf.math.is_finite(variance)
-        usable = (count > 0) & tf.reduce_all(sound | (count <= 0))
+        moments = Moments(*(tf.cast(m, self.moving_mean.dtype) for m in moments))
+        usable = _averages.usable(moments)
         rate = tf.where(usable, self._batch_weight(usable), 0)
-        self._follow(self.moving_mean, mean, rate)
+        _averages.follow(self.moving_mean, moments.mean, rate)
         if not self.renorm:
-            self._follow(self.moving_variance, variance, rate)
+            _averages.follow(self.moving_variance, moments.variance, rate)
             return
-        stddev = tf.sqrt(variance + self.epsilon)
+        stddev = tf.sqrt(moments.variance + self.epsilon)
         renorm_rate = tf.where(usable, tf.constant(1 - self.renorm_momentum, rate.dtype), 0)
-        self._follow(self.renorm_mean, mean, renorm_rate)
-        self._follow(self.renorm_stddev, stddev, renorm_rate)
-        self._follow(self.moving_stddev, stddev, rate)
+        _averages.follow(self.renorm_mean, moments.mean, renorm_rate)
+        _averages.follow(self.renorm_stddev, stddev, renorm_rate)
+        _averages.follow(self.moving_stddev, stddev, rate)
         # As Keras does: the average is taken of the standard deviation, and the variance derived
         # from it.
         derived = tf.nn.relu(tf.square(self.moving_stddev) - self.epsilon)
@@ -283,12 +282,6 @@ class BatchNormalization(keras.layers.Layer):
             return tf.constant(1 - self.momentum, self.moving_mean.dtype)
         self.update_count.assign_add(tf.cast(tf.reduce_any(usable), self.update_count.dtype))
         return tf.math.reciprocal_no_nan(tf.cast(self.update_count, self.moving_mean.dtype))
-
-    @staticmethod
-    def _follow(variable: keras.Variable, value: tf.Tensor, rate: tf.Tensor) -> None:
-        # With rate 0 a value that is not finite is not heard, with rate 1 the old one is forgotten
-        # to the bit.
-        variable.assign(variable * (1 - rate) + tf.math.multiply_no_nan(value, rate))
 
     def _train(self, x: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
         if self.virtual_batch_size is not None:

@@ -69,10 +69,8 @@ def moments(
 ) -> tuple[tf.Tensor, Moments]:
     r"""Two-pass moments of ``x`` per channel, relative to a shift.
 
-    First :math:`c = \sum x / n`, as good as a plain float sum is; then, around it,
-    :math:`\mu - c = \sum (x - c) / n` and :math:`\sigma^2 = \sum (x - c)^2 / n - (\mu - c)^2`,
-    which takes the rounding of the first sum back out (the corrected two-pass algorithm of Chan,
-    Golub and LeVeque, *Algorithms for computing the sample variance*, 1983).
+    Around a shift :math:`c`, the first value of each channel (with a mask, the plain mean): first
+    :math:`\mu - c = \sum (x - c) / n`, then :math:`\sigma^2 = \sum (x - \mu)^2 / n`.
 
     Args:
         x: Floating-point tensor of known rank.
@@ -92,11 +90,20 @@ def moments(
     def average(values: tf.Tensor) -> tf.Tensor:
         return tf.math.divide_no_nan(tf.reduce_sum(values, reduced), n)
 
+    if mask is None:
+        shift = _first(x, axes)
+    else:
+        shift = average(_kept(x, mask))
     # A constant: moving the shift moves the offset the other way, so no gradient belongs to it.
-    shift = tf.stop_gradient(average(_kept(x, mask)))
+    shift = tf.stop_gradient(shift)
     deviation = _kept(x - along(shift, x, axes), mask)
     offset = average(deviation)
-    variance = tf.maximum(average(tf.square(deviation)) - tf.square(offset), 0)
+    # The offset as a constant spares the gradient a pass over x: its own part there is a sum of
+    # deviations, 0. What that leaves out of the second derivative is in the last term, whose value
+    # and gradient are 0.
+    constant = tf.stop_gradient(offset)
+    spread = _kept(deviation - along(constant, x, axes), mask)
+    variance = average(tf.square(spread)) - tf.square(offset - constant)
     return shift, Moments(n, offset, variance)
 
 
@@ -125,6 +132,12 @@ def merge(a: Moments, b: Moments) -> Moments:
         + weight_a * weight_b * tf.square(tf.where((a.count > 0) & (b.count > 0), delta, 0))
     )
     return Moments(n, mean, variance)
+
+
+def _first(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    """One value of each channel; 0 where there is none."""
+    first = x[tuple(slice(None) if axis in axes else slice(0, 1) for axis in range(x.shape.rank))]
+    return tf.reduce_sum(first, reduced_axes(x.shape.rank, axes))
 
 
 def _heard(values: tf.Tensor, counted: tf.Tensor) -> tf.Tensor:

@@ -2,27 +2,33 @@
 
 The choice is made while the graph is traced, from what is known then:
 
-====================================================================  ========================
-case                                                                  kernel
-====================================================================  ========================
-float32, float16, bfloat16; channels last; no mask; not under XLA     fused (``_fused.py``)
-everything else: XLA, float64, masks, channels first, virtual batches  formula (``_formula.py``)
-====================================================================  ========================
+=====================================================
+============================================== case
+ kernel =====================================================
+ ==============================================
+float32, float16, bfloat16; channels last; no mask     fused (``_fused.py``)
+under XLA                                              formula, differentiated by TensorFlow
+float64, masks, channels first, lists of axes          formula, with a gradient written by hand
+=====================================================
+==============================================
 
-The first derivative is the kernel's own or written by hand. Derivatives of derivatives are those of
-the plain formula, by automatic differentiation: the fused kernel's own second derivative is neither
-complete nor needed often.
+XLA compiles the fused kernel badly (two to seven times slower than Keras's formula on a CPU). It is
+left to differentiate the formula itself: from a gradient written by hand it computed the same
+products several times. The formulas run on views with as few axes as can be, in which XLA reduces
+twice as fast.
+
+Derivatives of derivatives are always those of the formula: the fused kernel's own second derivative
+is neither complete nor needed often.
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from tfbn import _formula, _fused, _xla
-from tfbn._moments import Moments, reduced_axes
+from tfbn import _formula, _fused, _views, _xla
+from tfbn._moments import Moments
 
 
 def normalize_batch(
@@ -46,10 +52,10 @@ def normalize_batch(
 
     Returns:
         The output in the dtype of ``x``, differentiable in ``x``, ``gamma`` and ``beta``; and the
-        batch's moments, for bookkeeping: they carry no gradient.
+        batch's moments, for bookkeeping: they are not to be differentiated.
     """
-    if _interleaved(x, axes):
-        to_last, back_again, last = _channels_last(x.shape.rank, axes)
+    if _views.interleaved(x, axes):
+        to_last, back_again, last = _views.channels_last(x.shape.rank, axes)
         y, batch = normalize_batch(
             tf.transpose(x, to_last),
             gamma,
@@ -59,23 +65,25 @@ def normalize_batch(
             mask=None if mask is None else tf.transpose(mask, to_last),
         )
         return tf.transpose(y, back_again), batch
-    run: Callable[..., tuple[tf.Tensor, Moments, Any]]
-    back: Callable[..., tuple[tf.Tensor, ...]]
     if mask is None and _fused.serves(x, axes) and not _xla.compiling():
-        run = functools.partial(_fused.forward, axes=axes, epsilon=epsilon, on_gpu=_on_gpu(x))
+        kernel = functools.partial(_fused.forward, epsilon=epsilon, on_gpu=_on_gpu(x))
         back = functools.partial(_fused.backward, epsilon=epsilon)
-    else:
-        run = functools.partial(_formula.forward, axes=axes, epsilon=epsilon, mask=mask)
-        back = functools.partial(_formula.backward, axes=axes, epsilon=epsilon, mask=mask)
-    moments: list[Moments] = []
-
-    def forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-        y, batch, saved = run(x, gamma, beta)
-        moments.append(Moments(*map(tf.stop_gradient, batch)))
-        return y, lambda dy, x, gamma, beta: back(dy, x, gamma, saved)
-
+        plain = functools.partial(_formula.plain, axes=axes, epsilon=epsilon, mask=None)
+        return _by_kernel(kernel, back, plain, x, gamma, beta)
+    shape = tf.shape(gamma)
+    view = x
+    if mask is None:  # A mask may broadcast over one of two axes that would be merged.
+        view, axes, channels = _views.merged(x, axes)
+        gamma, beta = tf.reshape(gamma, channels), tf.reshape(beta, channels)
     plain = functools.partial(_formula.plain, axes=axes, epsilon=epsilon, mask=mask)
-    return _differentiable(forward, plain, x, gamma, beta), moments[0]
+    if _xla.compiling():
+        y, batch = plain(view, gamma, beta)
+    else:
+        kernel = functools.partial(_formula.forward, axes=axes, epsilon=epsilon, mask=mask)
+        back = functools.partial(_formula.backward, axes=axes, epsilon=epsilon, mask=mask)
+        y, batch = _by_kernel(kernel, back, plain, view, gamma, beta)
+    mean, variance = tf.reshape(batch.mean, shape), tf.reshape(batch.variance, shape)
+    return _views.like(y, x), Moments(batch.count, mean, variance)
 
 
 def normalize(
@@ -92,8 +100,8 @@ def normalize(
 
     Shapes and dtypes as in :func:`normalize_batch`; ``mean`` and ``variance`` are like ``gamma``.
     """
-    if _interleaved(x, axes):
-        to_last, back_again, last = _channels_last(x.shape.rank, axes)
+    if _views.interleaved(x, axes):
+        to_last, back_again, last = _views.channels_last(x.shape.rank, axes)
         y = normalize(
             tf.transpose(x, to_last), mean, variance, gamma, beta, axes=last, epsilon=epsilon
         )
@@ -122,25 +130,27 @@ def normalize(
     return _differentiable(forward, plain, x, mean, variance, gamma, beta)
 
 
-def _interleaved(x: tf.Tensor, axes: Sequence[int]) -> bool:
-    """Whether per-channel values cannot be broadcast against ``x`` as it stands.
-
-    TensorFlow's kernels broadcast over at most 5 alternating runs of axes; a list of axes can make more.
-    """
-    channel = [axis in axes for axis in range(x.shape.rank)]
-    return 1 + sum(a != b for a, b in itertools.pairwise(channel)) > 5
-
-
-def _channels_last(rank: int, axes: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-    """The permutation that brings the channel axes to the end, its inverse, and where they are then."""
-    to_last = [*reduced_axes(rank, axes), *axes]
-    back_again = [to_last.index(axis) for axis in range(rank)]
-    return to_last, back_again, list(range(rank - len(axes), rank))
-
-
 def _on_gpu(x: tf.Tensor) -> bool:
     """Where ``x`` will be: its device, or, while a graph has placed nothing yet, the best there is."""
     return "GPU" in x.device if x.device else bool(tf.config.list_logical_devices("GPU"))
+
+
+def _by_kernel(
+    kernel: Callable[..., tuple[tf.Tensor, Moments, Any]],
+    back: Callable[..., tuple[tf.Tensor, ...]],
+    plain: Callable[..., tuple[tf.Tensor, Moments]],
+    x: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+) -> tuple[tf.Tensor, Moments]:
+    moments: list[Moments] = []
+
+    def forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+        y, batch, saved = kernel(x, gamma, beta)
+        moments.append(batch)
+        return y, functools.partial(back, saved)
+
+    return _differentiable(forward, lambda *inputs: plain(*inputs)[0], x, gamma, beta), moments[0]
 
 
 def _differentiable(
@@ -170,10 +180,12 @@ def _differentiable(
                         inner.watch(inputs)
                         y = plain(*inputs)
                     gradients = inner.gradient(y, inputs, output_gradients=dy)
+                # Forward mode asks for some of the gradients only, and hands None for the others.
+                wanted = [(g, u) for g, u in zip(gradients, upstream, strict=True) if u is not None]
                 return outer.gradient(
-                    gradients,
+                    [g for g, _ in wanted],
                     [dy, *inputs],
-                    output_gradients=upstream,
+                    output_gradients=[u for _, u in wanted],
                     unconnected_gradients=tf.UnconnectedGradients.ZERO,
                 )
 
