@@ -1,0 +1,137 @@
+"""Each case takes the kernel that it should: by the operations in the traced graph, never by time.
+
+A fallback to the formula gives the same numbers, so that only this shows it.
+"""
+
+import collections
+
+import pytest
+import tensorflow as tf
+
+import tfbn
+from tfbn import _xla
+
+FUSED = {"FusedBatchNormV3": 1}
+FUSED_WITH_RETRY = {"FusedBatchNormV3": 2}  # The second one runs only where the mean dominates.
+FUSED_BACK = {"FusedBatchNormGradV3": 1}
+FORMULA: dict[str, int] = {}
+
+
+def fused_operations(graph: tf.Graph) -> dict[str, int]:
+    """How often each fused kernel stands in a graph and in the functions that it calls."""
+    definition = graph.as_graph_def()
+    nodes = list(definition.node)
+    for function in definition.library.function:
+        nodes.extend(function.node_def)
+    return dict(collections.Counter(n.op for n in nodes if n.op.startswith("FusedBatchNorm")))
+
+
+def trace(shape, training, mask=None, jit_compile=False, backward=False, dtype=None, **arguments):
+    layer = tfbn.BatchNormalization(dtype=dtype, **arguments)
+    layer.build(shape)
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=training, mask=mask)
+        return tape.gradient(y, x) if backward else y
+
+    spec = tf.TensorSpec(shape, layer.compute_dtype)
+    function = tf.function(step, jit_compile=jit_compile)
+    return fused_operations(function.get_concrete_function(spec).graph)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu():
+    with tf.device("CPU:0"):
+        yield
+
+
+IMAGES = (4, 5, 5, 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("shape", [(8, 3), (4, 6, 3), IMAGES, (2, 3, 3, 3, 3), (None, 5, 5, 3)])
+def test_channels_last_is_fused(shape, dtype):
+    assert trace(shape, True, dtype=dtype) == FUSED_WITH_RETRY
+    assert trace(shape, False, dtype=dtype) == FUSED
+
+
+def test_the_gradient_is_fused():
+    assert trace(IMAGES, True, backward=True) == FUSED_WITH_RETRY | FUSED_BACK
+    assert trace(IMAGES, False, backward=True) == FUSED | FUSED_BACK
+
+
+def test_trailing_axes_are_fused():
+    assert trace(IMAGES, True, axis=[2, 3]) == FUSED_WITH_RETRY
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"dtype": "float64"},
+        {"axis": 1},
+        {"axis": [1, 3]},
+        {"virtual_batch_size": 2},
+        {"mask": [[True] * 5] * 4},
+    ],
+    ids=str,
+)
+def test_what_the_fused_kernel_cannot_take_is_not_fused(case):
+    assert trace(IMAGES, True, **case) == FORMULA
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_xla_gets_the_formula(training):
+    assert trace(IMAGES, training, jit_compile=True, backward=True) == FORMULA
+
+
+def test_xla_gets_the_formula_in_a_function_inside():
+    """`jit_compile` on an outer function compiles those that it calls."""
+    layer = tfbn.BatchNormalization()
+    layer.build(IMAGES)
+    inner = tf.function(lambda x: layer(x, training=True))
+    outer = tf.function(lambda x: inner(x), jit_compile=True)
+    graph = outer.get_concrete_function(tf.TensorSpec(IMAGES)).graph
+    assert fused_operations(graph) == FORMULA
+
+
+def test_compiling_is_seen():
+    """Fails when TensorFlow takes away the private attribute that `tfbn._xla` reads."""
+    seen = {}
+
+    @tf.function(jit_compile=True)
+    def compiled(x):
+        seen["compiled"] = _xla.compiling()
+        return x
+
+    @tf.function
+    def plain(x):
+        seen["plain"] = _xla.compiling()
+        return x
+
+    compiled(tf.constant(1.0))
+    plain(tf.constant(1.0))
+    assert seen == {"compiled": True, "plain": False}
+    assert not _xla.compiling()
+
+
+def test_without_the_private_attribute_xla_is_not_assumed(monkeypatch):
+    monkeypatch.delattr(tf.Graph, "_get_control_flow_context")
+
+    graph = tf.Graph()
+    with graph.as_default():
+        assert not _xla.compiling()
+
+
+def test_the_kernel_runs_again_only_where_the_mean_dominates():
+    """At mean 1e4 the kernel alone is off by far more than at mean 0; the retry takes it back."""
+    x = tf.random.normal((4096, 3), seed=1)
+    layer = tfbn.BatchNormalization(epsilon=1e-6)
+    for offset in (0.0, 1e4):
+        shifted = x + offset
+        reference = tf.cast(shifted, tf.float64)
+        reference -= tf.reduce_mean(reference, 0)
+        reference /= tf.sqrt(tf.reduce_mean(reference**2, 0) + 1e-6)
+        y = tf.cast(layer(shifted, training=True), tf.float64)
+        assert float(tf.reduce_max(tf.abs(y - reference))) < 1e-5
