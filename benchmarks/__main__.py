@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "settings": {"turns": settings.turns, "seconds": settings.seconds},
     }
     with Race(options.contenders, settings) as race:
+        if not race.device:
+            sys.exit(f"error: nobody to measure: {race.left_out}")
         chosen = selection(options, on_gpu=race.device["device"] == "gpu")
         with environment.variables(environment.of_workers(threads, settings.keep_memory)):
             run["environment"] = environment.described(threads) | race.device
@@ -46,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run["contenders"] = [n for n in options.contenders if n not in run["left_out"]]
     name = run["environment"]["device"]
     results.save(run, options.output / f"{name}.json")
+    run = results.load(options.output / f"{name}.json")  # All else is made from what is kept.
     (options.output / f"{name}.md").write_text(tables.document(run))
     try:
         from benchmarks import picture

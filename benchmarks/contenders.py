@@ -53,38 +53,56 @@ class Contender:
 
         return keras_layers.program(self.layer_class, self.library, case)
 
+    def limit_threads(self, threads: int) -> None:
+        """Before anything runs; later neither library takes it."""
+        if self.name == "torch":
+            import torch
+
+            torch.set_num_threads(threads)
+        else:
+            import tensorflow as tf
+
+            tf.config.threading.set_intra_op_parallelism_threads(threads)
+            tf.config.threading.set_inter_op_parallelism_threads(threads)
+
+    def device(self) -> dict[str, Any]:
+        """What it runs on."""
+        if self.name == "torch":
+            import torch
+
+            names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        else:
+            import tensorflow as tf
+
+            gpus = tf.config.list_physical_devices("GPU")
+            details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+            names = [detail.get("device_name", "unknown") for detail in details]
+        return (
+            {"device": "gpu", "gpu": names[0], "gpus": len(names)} if names else {"device": "cpu"}
+        )
+
 
 def load(name: str) -> Contender:
     """Imports what the contender needs.
 
     Raises:
-        LeftOut: If it is not installed, or cannot run on the device that the others run on.
+        LeftOut: If it is not installed.
     """
     try:
         if name == "torch":
-            _check_torch_device()
+            importlib.import_module("torch")
         if name in ("torch", *FLOORS):
             return Contender(name)
         module, _, attribute = LAYER_CLASSES.get(name, name).partition(":")
         if not attribute:
             raise LeftOut(f"is none of {', '.join(DEFAULT)}, and no module:Class")
         layer_class = getattr(importlib.import_module(module), attribute)
-        return Contender(name, layer_class, _library(layer_class))
     except (ImportError, AttributeError) as error:
         raise LeftOut(str(error)) from error
+    return Contender(name, layer_class, _library(layer_class))
 
 
 def _library(layer_class: type) -> Any:
     """The Keras that this layer belongs to."""
-    if any(base.__module__.startswith("tf_keras.") for base in layer_class.__mro__):
-        return importlib.import_module("tf_keras")
-    return importlib.import_module("keras")
-
-
-def _check_torch_device() -> None:
-    import torch
-
-    from benchmarks.keras_layers import device
-
-    if device() == "gpu" and not torch.cuda.is_available():
-        raise LeftOut("TensorFlow has a GPU, and this PyTorch cannot use one")
+    ours = any(base.__module__.startswith("tf_keras.") for base in layer_class.__mro__)
+    return importlib.import_module("tf_keras" if ours else "keras")

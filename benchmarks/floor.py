@@ -11,8 +11,8 @@ from benchmarks.cases import DEPTH, LayerCase
 from benchmarks.keras_layers import device
 from benchmarks.program import LeftOut, Program
 
-# So many values that starting the threads does not show.
-LEAST_VALUES = 2**25
+# Passes a step: so many values that starting the threads does not show, within reason.
+LEAST_VALUES, MOST_ROUNDS = 2**22, 100
 
 
 def program(case: LayerCase, *, tensors: int = DEPTH) -> Program:
@@ -44,7 +44,7 @@ def _in_threads(values: int, tensors: int) -> Program:
     parts = [
         [np.ones(-(-values // threads), np.float32) for _ in range(tensors)] for _ in range(threads)
     ]
-    rounds = max(1, LEAST_VALUES // (values * tensors))
+    rounds = min(MOST_ROUNDS, -(-LEAST_VALUES // (values * tensors)))
     pool = ThreadPoolExecutor(threads)
     factor = np.float32(-1)
 

@@ -66,8 +66,8 @@ def program(layer_class: type, library: Any, case: LayerCase) -> Program:
         if gradients:
             found["dx"] = gradients[0]
         if len(gradients) > 1:
-            # The first layer is the one whose gradients went all the way.
-            found.update(dgamma=gradients[1], dbeta=gradients[2], mean=layers[0].moving_mean)
+            # The next layer undoes a layer's gamma and beta, so that only the last one's matter.
+            found.update(dgamma=gradients[-2], dbeta=gradients[-1], mean=layers[-1].moving_mean)
         return {name: some(tf.cast(value, tf.float32).numpy()) for name, value in found.items()}
 
     return Program(

@@ -20,7 +20,7 @@ MOMENTUM = 0.9
 LEARNING_RATE = 0.0
 
 
-def program(layer_class: type, library: Any, case: ModelCase) -> Program:
+def program(layer_class: Any, library: Any, case: ModelCase) -> Program:
     """One training step by SGD with momentum, or one inference, from a batch to the loss or the logits."""
     model, held_before = _built(layer_class, library, case.subject, case.precision)
     random = np.random.default_rng(0)
@@ -76,7 +76,7 @@ def program(layer_class: type, library: Any, case: ModelCase) -> Program:
 
 
 @functools.lru_cache(maxsize=1)
-def _built(layer_class: type, library: Any, name: str, precision: str) -> tuple[Any, float | None]:
+def _built(layer_class: Any, library: Any, name: str, precision: str) -> tuple[Any, float | None]:
     """The network, and the megabytes that the process held before there was one."""
     tf.random.normal([]).numpy()  # TensorFlow itself starts up with the first operation.
     held = memory.resident()

@@ -9,13 +9,8 @@ from matplotlib.figure import Figure
 from benchmarks.results import select, value
 from benchmarks.tables import title
 
-COLORS = dict(
-    zip(
-        ("keras", "tf_keras", "torch", "tfbn", "identity", "floor", "floor_cached"),
-        mpl.colormaps["tab10"].colors,
-        strict=False,
-    )
-)
+NAMES = ("keras", "tf_keras", "torch", "tfbn", "identity", "floor", "floor_cached")
+COLORS = {name: mpl.colormaps["tab10"](index) for index, name in enumerate(NAMES)}
 
 
 def draw(run: dict[str, Any], path: Path) -> None:
@@ -47,11 +42,10 @@ def _bars(axes: Any, contenders: list[str], results: list[dict[str, Any]]) -> No
     for index, name in enumerate(contenders):
         at, heights, errors = [], [], []
         for place, result in enumerate(results):
-            ms = value(result, name)
-            if ms is not None:
+            ms, q1, q3 = (value(result, name, key) for key in ("ms", "q1", "q3"))
+            if ms is not None and q1 is not None and q3 is not None:
                 at.append(place + (index - (len(contenders) - 1) / 2) * width)
                 heights.append(ms)
-                q1, q3 = value(result, name, "q1"), value(result, name, "q3")
                 errors.append((max(ms - q1, 0.0), max(q3 - ms, 0.0)))
         if at:
             axes.bar(

@@ -112,7 +112,7 @@ class Race:
     def __init__(self, contenders: Sequence[str], settings: Settings):
         self.settings = settings
         self.left_out: dict[str, str] = {}
-        self.device: dict[str, Any] = {"device": "cpu"}
+        self.device: dict[str, Any] = {}
         self._names = list(contenders)
         self._workers: dict[str, Worker] = {}
         self._at = ""
@@ -186,7 +186,10 @@ class Race:
         self._workers |= started
         for name, new in started.items():
             try:
-                self.device = new.answer(IMPORT_SECONDS)
+                device = new.answer(IMPORT_SECONDS)
+                if self.device and device != self.device:
+                    raise LeftOut(f"runs on {device}, those before it on {self.device}")
+                self.device = device
             except (LeftOut, Failed) as reason:
                 self.left_out[name] = str(reason)
                 self._workers.pop(name).end()
@@ -204,7 +207,7 @@ def _compare(found: dict[str, dict[str, Any]]) -> None:
     something else on purpose, have no difference.
     """
     values = {name: entry.pop("values", {}) for name, entry in found.items()}
-    first = next((v for name, v in values.items() if v and name != "identity"), {})
+    first: dict[str, Any] = next((v for name, v in values.items() if v and name != "identity"), {})
     for name, mine in values.items():
         if mine and name != "identity":
             found[name]["difference"] = {

@@ -56,9 +56,9 @@ def program(case: LayerCase) -> Program:
         if gradients:
             found.update(
                 dx=back(gradients[0]),
-                dgamma=gradients[1],
-                dbeta=gradients[2],
-                mean=layers[0].running_mean,
+                dgamma=gradients[-2],
+                dbeta=gradients[-1],
+                mean=layers[-1].running_mean,
             )
         return {name: some(v.detach().float().cpu().numpy()) for name, v in found.items()}
 

@@ -22,12 +22,13 @@ def serve(connection: Connection, name: str, threads: int, messages: str) -> Non
 
     try:
         contender = contenders.load(name)
-        _limit_threads(name, threads)
+        contender.limit_threads(threads)
     except LeftOut as reason:
         connection.send(("left out", str(reason)))
         return
-    connection.send(("done", _device()))
+    connection.send(("done", contender.device()))
     program: Any = None
+    answer: Any
     while True:
         try:
             verb, argument = connection.recv()
@@ -51,24 +52,3 @@ def serve(connection: Connection, name: str, threads: int, messages: str) -> Non
             traceback.print_exc()
             lines = str(error).strip().splitlines() or [""]
             connection.send(("failed", f"{type(error).__name__}: {lines[0]}"))
-
-
-def _limit_threads(name: str, threads: int) -> None:
-    if name == "torch":
-        import torch
-
-        torch.set_num_threads(threads)
-    import tensorflow as tf
-
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(threads)
-
-
-def _device() -> dict[str, Any]:
-    import tensorflow as tf
-
-    gpus = tf.config.list_physical_devices("GPU")
-    if not gpus:
-        return {"device": "cpu"}
-    details = tf.config.experimental.get_device_details(gpus[0])
-    return {"device": "gpu", "gpu": details.get("device_name", "unknown"), "gpus": len(gpus)}
