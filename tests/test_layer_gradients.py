@@ -157,8 +157,9 @@ def test_gradient_penalty_trains(dtype, mode):
     model = keras.Sequential(
         [
             keras.Input((3,), dtype=dtype),
-            keras.layers.Dense(8, activation="tanh", dtype=dtype),
+            keras.layers.Dense(8, dtype=dtype),
             tfbn.BatchNormalization(dtype=dtype),
+            keras.layers.Activation("tanh", dtype=dtype),
             keras.layers.Dense(1, dtype=dtype),
         ]
     )

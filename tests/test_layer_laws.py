@@ -104,7 +104,7 @@ def test_output_has_mean_beta_and_spread_gamma(drawn):
 
 def moments(values: np.ndarray) -> Moments:
     """Count, mean and variance of each column; of no rows, what a division by zero leaves."""
-    n = float(len(values))
+    n = np.float64(len(values))
     with np.errstate(all="ignore"):
         mean = values.sum(0) / n if n else np.full(values.shape[1], np.nan)
         variance = ((values - mean) ** 2).sum(0) / n if n else mean
