@@ -40,9 +40,10 @@ def peak(run: Callable[[], Any]) -> float | None:
     except OSError:
         return None
     finally:
+        # Left alone, glibc would have come to these limits when large blocks were freed.
         for option, variable, default in (
-            (M_MMAP_THRESHOLD, "MALLOC_MMAP_THRESHOLD_", 128 * 1024),
-            (M_TRIM_THRESHOLD, "MALLOC_TRIM_THRESHOLD_", 128 * 1024),
+            (M_MMAP_THRESHOLD, "MALLOC_MMAP_THRESHOLD_", 32 * MEGABYTE),
+            (M_TRIM_THRESHOLD, "MALLOC_TRIM_THRESHOLD_", 64 * MEGABYTE),
         ):
             c_library.mallopt(option, int(os.environ.get(variable, default)))
 

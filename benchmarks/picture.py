@@ -14,7 +14,7 @@ COLORS = {name: mpl.colormaps["tab10"](index) for index, name in enumerate(NAMES
 
 
 def draw(run: dict[str, Any], path: Path) -> None:
-    """A row for each mode and for the models, a column for each phase; bars by subject, on a logarithmic scale."""
+    """A row for each mode and for the models, a column for each phase; bars by subject."""
     kinds = [("layers", mode) for mode in ("graph", "xla", "eager")]
     kinds += [("models", mode) for mode in ("graph", "xla", "eager")]
     rows = [
@@ -32,13 +32,16 @@ def draw(run: dict[str, Any], path: Path) -> None:
             _bars(axes, run["contenders"], found)
             axes.set_title(f"{suite}: {phase}, {mode}, {precision}")
             axes.set_ylabel("ms a layer" if suite == "layers" else "ms a step")
+            if suite == "layers":  # Shapes differ by orders of magnitude.
+                axes.set_yscale("log")
     grid[0][0].legend(fontsize="small")
     figure.suptitle(title(run))
     figure.savefig(path, dpi=80)
 
 
 def _bars(axes: Any, contenders: list[str], results: list[dict[str, Any]]) -> None:
-    width = 0.8 / len(contenders)
+    contenders = [n for n in contenders if any(value(r, n) is not None for r in results)]
+    width = 0.8 / max(1, len(contenders))
     for index, name in enumerate(contenders):
         at, heights, errors = [], [], []
         for place, result in enumerate(results):
@@ -47,15 +50,7 @@ def _bars(axes: Any, contenders: list[str], results: list[dict[str, Any]]) -> No
                 at.append(place + (index - (len(contenders) - 1) / 2) * width)
                 heights.append(ms)
                 errors.append((max(ms - q1, 0.0), max(q3 - ms, 0.0)))
-        if at:
-            axes.bar(
-                at,
-                heights,
-                width,
-                yerr=list(zip(*errors, strict=True)),
-                label=name,
-                color=COLORS.get(name),
-            )
-    axes.set_yscale("log")
+        spread = list(zip(*errors, strict=True))
+        axes.bar(at, heights, width, yerr=spread, label=name, color=COLORS.get(name))
     axes.set_xticks(range(len(results)), [r["subject"] for r in results], fontsize="small")
     axes.grid(axis="y", alpha=0.3)

@@ -145,11 +145,6 @@ class Race:
             if answer is not None:
                 found[name] = answer
                 samples[name] = []
-        if case.suite == "models":
-            for name in samples:
-                answer = self._ask(name, "memory", None, START_SECONDS, found)
-                if answer is not None:
-                    found[name] |= answer
         for turn in range(self.settings.turns):
             # Who is first in one turn is last in the next.
             names = [name for name in samples if "failed" not in found[name]]
@@ -161,6 +156,8 @@ class Race:
                 quartiles = np.percentile(times, [25, 50, 75])
                 found[name] |= dict(zip(("q1", "ms", "q3"), quartiles.tolist(), strict=True))
                 found[name]["samples"] = len(times)
+                peak = self._ask(name, "memory", None, START_SECONDS, found)
+                found[name] |= peak or {}
         _compare(found)
         return found
 
@@ -187,9 +184,9 @@ class Race:
         for name, new in started.items():
             try:
                 device = new.answer(IMPORT_SECONDS)
-                if self.device and device != self.device:
+                self.device = self.device or device
+                if device["device"] != self.device["device"]:
                     raise LeftOut(f"runs on {device}, those before it on {self.device}")
-                self.device = device
             except (LeftOut, Failed) as reason:
                 self.left_out[name] = str(reason)
                 self._workers.pop(name).end()

@@ -1,10 +1,12 @@
 """A run's results as Markdown."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.results import geometric_mean, ratios, select, value
 
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PASSES = {"train": 8, "infer": 2}
 """How often a tensor of the size of the input is read or written, at least: in training x twice and y once,
 then x and dy twice and dx once; in inference x once and y once. A pass in place is one read and one write."""
@@ -20,6 +22,11 @@ def document(run: dict[str, Any]) -> str:
                 f"## {suite.capitalize()}: {phase}, {mode}, {precision} (milliseconds {unit})\n\n"
                 + timings(run, results)
             )
+            if suite == "layers" and mode == "graph":
+                parts.append(
+                    f"GB/s, if each makes its {PASSES[phase]} passes and a floor its 2:\n\n"
+                    + bandwidth(run, results)
+                )
             if any(value(r, n, "peak_mb") for r in results for n in run["contenders"]):
                 parts.append("Peak memory, MB:\n\n" + memory(run, results))
     parts.append("## Ratios\n\n" + comparison(run))
@@ -59,6 +66,21 @@ def timings(run: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
         for r in results
     ]
     return table(["", *names], rows + starts)
+
+
+def bandwidth(run: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
+    """What the times say of the memory: that of a floor is what the machine has to give."""
+    names = [name for name in _running(run, results) if name != "identity"]
+    rows = []
+    for result in results:
+        size = math.prod(result["shape"]) * BYTES[result["precision"]]
+        row = [result["subject"]]
+        for name in names:
+            passes = 2 if name.startswith("floor") else PASSES[result["phase"]]
+            ms = value(result, name)
+            row.append("" if ms is None else f"{1e-6 * passes * size / ms:.0f}")
+        rows.append(row)
+    return table(["", *names], rows)
 
 
 def memory(run: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:

@@ -19,7 +19,10 @@ LAYERS = {
 
 
 def program(case: LayerCase) -> Program:
-    """Trains, or infers with, a stack of ``torch.nn.BatchNorm*d``, as PyTorch runs: eagerly."""
+    """Trains, or infers with, a stack of ``torch.nn.BatchNorm*d``, eagerly.
+
+    That is how most of PyTorch runs, and on a CPU its compiler made these stacks slower, not faster.
+    """
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, case.precision)
     there, back = _layout(case)

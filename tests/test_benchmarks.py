@@ -24,6 +24,7 @@ from benchmarks import (
     contenders,
     data,
     environment,
+    floor,
     models,
     race,
     readme,
@@ -219,6 +220,21 @@ def test_in_a_model_every_normalization_is_replaced():
     assert keras.layers.BatchNormalization not in kinds
 
 
+def test_a_floor_of_tensorflow_runs_all_its_passes():
+    program = floor._in_tensorflow(16)
+    assert program.parts == 16
+    # From any x, half of x and a half, over and over, goes to 1.
+    np.testing.assert_allclose(program.step(), 1, atol=0.05)
+
+
+def test_bandwidth_is_bytes_over_time():
+    found = made_up(tfbn=[2.0, 4.0], floor=[0.5, 0.5])
+    rows = tables.bandwidth(found, found["results"][:1]).splitlines()
+    gigabytes = 32 * 56 * 56 * 64 * 4 / 1e9
+    expected = [8 * gigabytes / 2e-3, 2 * gigabytes / 0.5e-3]
+    assert rows[-1] == f"| 32x56x56x64 | {expected[0]:.0f} | {expected[1]:.0f} |"
+
+
 # None lost unseen
 
 
@@ -305,6 +321,7 @@ def made_up(**times):
         "results": [
             {
                 **{"suite": "layers", "subject": subject, "precision": "float32"},
+                **{"shape": cases.parse_shape(subject)[0]},
                 **{"phase": "train", "mode": "graph"},
                 "contenders": {name: {"ms": each[place]} for name, each in times.items()},
             }
