@@ -5,14 +5,13 @@ or model of the user's own is made again from its config, and then the layers in
 """
 
 import contextlib
-import inspect
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
 
+from tfbn._copy_layer import build_alike, copy_operation, move_assets, move_weights, swap_child
 from tfbn._models import _children, _walk
 
 
@@ -46,6 +45,11 @@ def is_functional(layer: Any) -> bool:
     return isinstance(layer, keras.Model) and isinstance(layer, keras.Function)
 
 
+def is_custom(layer: keras.layers.Layer) -> bool:
+    """Whether this is of a class that does not come with Keras."""
+    return not type(layer).__module__.startswith("keras.")
+
+
 class Copies:
     """Copies of the layers of a model, each made once, so that shared layers are shared again.
 
@@ -77,15 +81,18 @@ class Copies:
             with without_compilation(layer):
                 new = keras.models.clone_model(layer, clone_function=self.built)
             _warn_of_another_class(layer, new)
-        elif isinstance(layer, keras.layers.Layer) and self._concerns(layer):
-            new = self._opened(layer)
         else:
             with self._custom_scope():
                 new = copy_operation(layer)
-            if isinstance(layer, keras.layers.Layer) and _alike(layer, new):
-                self._pair(layer, new)  # It may leave it to its layers to be built one by one.
+            if isinstance(layer, keras.layers.Layer):
+                self._match_inside(layer, new)
         self._copies[id(layer)] = new
         return new
+
+    @property
+    def originals(self) -> dict[int, Any]:
+        """What each copy was made of, by the `id` of the copy."""
+        return {id(self._copies[number]): layer for number, layer in self._originals.items()}
 
     def built(self, layer: Any) -> Any:
         """The copy, with weights of the same paths: not of those where it is called first."""
@@ -94,7 +101,7 @@ class Copies:
             for old in _parents_first([layer]):  # They may build their children themselves.
                 copied = self._copies.get(id(old))
                 if copied is not None and old.built and not copied.built:
-                    _build_alike(old, copied)
+                    build_alike(old, copied)
         return new
 
     def finish(self) -> None:
@@ -105,7 +112,7 @@ class Copies:
         moved: set[int] = set()
         for old, new in pairs:
             move_weights(old, new, moved)
-            _move_assets(old, new)
+            move_assets(old, new)
         for old in _parents_first(
             old for old, _ in pairs
         ):  # A parent's flag goes down to its children.
@@ -116,8 +123,9 @@ class Copies:
     def _meet(self, layer: keras.layers.Layer) -> None:
         for parent in _walk(layer, set()):
             self._parents.setdefault(id(parent), 0)
-            if not type(parent).__module__.startswith("keras."):
-                self._custom_classes[type(parent).__name__] = type(parent)
+            kind = type(parent)
+            if is_custom(parent) and keras.saving.get_registered_name(kind) == kind.__name__:
+                self._custom_classes[kind.__name__] = kind
             for child in _children(parent):
                 self._parents[id(child)] = self._parents.get(id(child), 0) + 1
 
@@ -136,14 +144,13 @@ class Copies:
         _warn_of_another_class(model, new)
         return new
 
-    def _opened(self, layer: keras.layers.Layer) -> keras.layers.Layer:
-        """A copy from the config, with the layers inside exchanged for what they are to be."""
-        with self._custom_scope():
-            new = copy_operation(layer)
-        if not _alike(layer, new):  # It makes its layers when it is built.
-            _build_alike(layer, new)
-        self._pair(layer, new)
-        return new
+    def _match_inside(self, layer: keras.layers.Layer, new: keras.layers.Layer) -> None:
+        """Exchanges the layers inside a copy for what they are to be, and keeps track of the others."""
+        concerns = self._concerns(layer)
+        if not _alike(layer, new) and (concerns or is_custom(layer)):
+            build_alike(layer, new)  # It makes its layers when it is built.
+        if concerns or _alike(layer, new):
+            self._pair(layer, new)
 
     def _pair(self, old: keras.layers.Layer, new: keras.layers.Layer) -> None:
         if not _alike(old, new):
@@ -164,92 +171,6 @@ class Copies:
 
     def _concerns_itself(self, layer: keras.layers.Layer) -> bool:
         return self._parents[id(layer)] > 1 or self._concerns(layer)
-
-
-def copy_operation(operation: keras.Operation, **changes: Any) -> keras.Operation:
-    """A layer (or an operation of a graph) made again from its config, unbuilt.
-
-    Args:
-        operation: What to copy.
-        **changes: Entries of the config that shall be others.
-
-    Raises:
-        ValueError: if it cannot be made from its config.
-    """
-    try:
-        config = {**operation.get_config(), **changes}
-        if isinstance(operation, keras.layers.Lambda):
-            return _copy_lambda(operation, config)
-        new = type(operation).from_config(_for_constructor(type(operation), config))
-        new.name = config.get("name", operation.name)
-        return new
-    except Exception as error:  # Whatever the class of the user raises.
-        raise ValueError(
-            f"The layer '{operation.name}' of class {type(operation).__name__} cannot be made again from "
-            f"its config. Received: {type(error).__name__}: {str(error).strip().splitlines()[0]} "
-            f"Give {type(operation).__name__} a get_config that returns the arguments of its __init__, as "
-            "Keras needs it for saving too."
-        ) from error
-
-
-def _for_constructor(kind: type, config: dict[str, Any]) -> dict[str, Any]:
-    """Without what Keras adds to every config, where the constructor does not take it."""
-    parameters = inspect.signature(kind.__init__).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return config
-    surplus = {"name", "trainable", "dtype"} - {parameter.name for parameter in parameters}
-    return {key: value for key, value in config.items() if key not in surplus}
-
-
-def _copy_lambda(layer: keras.layers.Lambda, config: dict[str, Any]) -> keras.layers.Lambda:
-    # From its config it would lose the globals that its function uses.
-    shape = config.get("output_shape")
-    base = {name: config[name] for name in ("name", "trainable", "dtype")}
-    return keras.layers.Lambda(
-        layer.function,
-        output_shape=None if isinstance(shape, dict) else shape,
-        mask=layer.mask,
-        arguments=layer.arguments,
-        **base,
-    )
-
-
-def move_weights(
-    old: keras.layers.Layer, new: keras.layers.Layer, moved: set[int] | None = None
-) -> None:
-    """Assigns the weights of one layer to those of another, except to those in `moved`."""
-    moved = set() if moved is None else moved
-    shapes = [[tuple(weight.shape) for weight in layer.weights] for layer in (old, new)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"The layer '{old.name}' of class {type(old).__name__}, made again from its config, does not "
-            f"have the weights that it had. Received: shapes {shapes[1]} where there were {shapes[0]}. "
-            f"Let {type(old).__name__} make all of its weights in __init__ or build, from its config."
-        )
-    for source, target in zip(old.weights, new.weights, strict=True):
-        if id(target) not in moved:
-            target.assign(source)
-            moved.add(id(target))
-
-
-def _move_assets(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    """State that is no weight, such as a vocabulary: Keras's hooks for saving carry it."""
-    if hasattr(old, "save_assets") and hasattr(new, "load_assets"):
-        with tempfile.TemporaryDirectory() as folder:
-            old.save_assets(folder)
-            new.load_assets(folder)
-
-
-def _build_alike(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    with contextlib.ExitStack() as stack:
-        # Keras warns of what it cannot build from outside: then the layers inside are built one by one.
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        scopes = (old.path or old.name).split("/")
-        # `Model.build` runs the model outside of its own name scope.
-        for name in scopes if type(old).build is keras.Model.build else scopes[:-1]:
-            stack.enter_context(keras.name_scope(name))
-        new.build_from_config(old.get_build_config())
 
 
 def input_layer(model: keras.Model, tensor: keras.KerasTensor) -> keras.layers.InputLayer:
@@ -337,37 +258,3 @@ def _kinds(layer: keras.layers.Layer) -> list[str]:
 
 def _alike(old: keras.layers.Layer, new: keras.layers.Layer) -> bool:
     return _kinds(old) == _kinds(new)
-
-
-def swap_child(
-    parent: keras.layers.Layer, old: keras.layers.Layer, new: keras.layers.Layer
-) -> None:
-    """Puts a layer in the place of another inside a layer: in attributes, lists and dicts.
-
-    Keras has no public way: it goes on tracking a layer that an attribute held, and tracks no new one
-    once the parent is built.
-    """
-    parent._tracker.replace_tracked_value("layers", old, new)
-    for name, value in list(vars(parent).items()):
-        if value is old:
-            setattr(parent, name, new)
-        elif isinstance(value, tuple) and any(item is old for item in value):
-            setattr(parent, name, tuple(new if item is old else item for item in value))
-        else:
-            _swap_item(value, old, new)
-
-
-def _swap_item(container: Any, old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    # Around Keras's lists and dicts that track: the tracker knows already.
-    if isinstance(container, list):
-        for index, item in enumerate(container):
-            if item is old:
-                list.__setitem__(container, index, new)
-            else:
-                _swap_item(item, old, new)
-    elif isinstance(container, dict):
-        for key, item in container.items():
-            if item is old:
-                dict.__setitem__(container, key, new)
-            else:
-                _swap_item(item, old, new)

@@ -1,0 +1,90 @@
+"""Putting a directory in its place whole, or not at all."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def placed(path: Path, overwrite: bool, is_ours: Callable[[str], bool]) -> Iterator[Path]:
+    """A directory to write into, which is moved to its place when the block ends without an error.
+
+    It lies in a hidden directory beside the place. If the block raises, all of it is removed. If the process
+    is killed, it is left behind, and the next call for the same place removes it; should the kill have hit
+    between the two renames that exchange old and new, that call puts the old one back first.
+
+    Args:
+        path: The place.
+        overwrite: Whether what is there may be replaced.
+        is_ours: Whether a directory is of the kind that may be replaced.
+
+    Raises:
+        FileExistsError: before the block runs, if something is there that may not be replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clean_up_after_killed(path)
+    _require_free(path, overwrite, is_ours)
+    hidden = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        with _locked(hidden):
+            new, old = hidden / "new", hidden / "old"
+            new.mkdir()
+            yield new
+            _require_free(path, overwrite, is_ours)
+            if path.is_dir() and any(path.iterdir()):
+                path.rename(old)
+            try:
+                new.rename(path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _require_free(path: Path, overwrite: bool, is_ours: Callable[[str], bool]) -> None:
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not is_ours(str(path)):
+        raise FileExistsError(
+            f"Something else than a SavedModel is there already, and stays. Received: path='{path}'. "
+            "Choose another path."
+        )
+    if not overwrite:
+        raise FileExistsError(
+            f"A SavedModel is there already. Received: path='{path}', overwrite=False. "
+            "Choose another path, or pass overwrite=True to replace it."
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a lock that ends with the process, however that ends."""
+    descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _clean_up_after_killed(path: Path) -> None:
+    for hidden in path.parent.glob(f".{path.name}.*.tmp"):
+        try:
+            descriptor = os.open(hidden / "lock", os.O_RDWR)
+        except OSError:  # Just made, or just removed, by a process that lives.
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (hidden / "old").exists() and not path.exists():
+                (hidden / "old").rename(path)
+            shutil.rmtree(hidden, ignore_errors=True)
+        except BlockingIOError:  # It is being written now.
+            continue
+        finally:
+            os.close(descriptor)
