@@ -6,7 +6,6 @@ import pytest
 import tensorflow as tf
 
 import tfbn
-from tfbn._training import TrainingLoop
 
 BOTH = [keras.layers.BatchNormalization, tfbn.BatchNormalization]
 X = np.random.default_rng(0).normal(3.0, 2.0, (16, 3)).astype("float32")
@@ -137,7 +136,7 @@ def test_it_takes_effect_between_the_epochs_of_one_fit():
 
 def test_the_training_loop_follows():
     model = network()
-    loop = TrainingLoop(model, keras.optimizers.SGD(0.01), "mse")
+    loop = tfbn.TrainingLoop(model, keras.optimizers.SGD(0.01), "mse")
     weights = []
     for change in (tfbn.freeze, tfbn.unfreeze):
         loop.fit((X, Y), verbose=0)

@@ -4,8 +4,20 @@ from tfbn import _backend
 
 _backend.require_tensorflow()  # before the imports below have a chance to break
 
+from tfbn._freeze import freeze, unfreeze
 from tfbn._layer import BatchNormalization
+from tfbn._pause import pause_statistics
+from tfbn._recalibrate import recalibrate
+from tfbn._recalibrate_callback import RecalibrateAfterTraining
 from tfbn._training import TrainingLoop
 
-__all__ = ["BatchNormalization", "TrainingLoop"]
+__all__ = [
+    "BatchNormalization",
+    "RecalibrateAfterTraining",
+    "TrainingLoop",
+    "freeze",
+    "pause_statistics",
+    "recalibrate",
+    "unfreeze",
+]
 __version__ = "0.1.0"

@@ -36,6 +36,7 @@ class Feed:
             raise ValueError(
                 f"`steps` is the number of batches to use, an integer of at least 1. Received: steps={steps!r}."
             )
+        given = data
         if callable(data) and not isinstance(data, tf.data.Dataset | keras.utils.PyDataset):
             data = _Called(data)
         self._source = as_source("data", data, batch_size or 32, shuffle=False, seed=0)
@@ -60,7 +61,7 @@ class Feed:
         if self._ahead is None:
             raise ValueError(
                 "The data has no batches. If it is a generator, it may have been used up before: pass the "
-                f"function that makes it. Received: data={data!r}."
+                f"function that makes it. Received: data={given!r}."
             )
         self.spec = self._source.spec or spec_of(self._ahead)
 
