@@ -77,6 +77,64 @@ def backward(
     return tf.cast(dx, x.dtype), s * sum_dy_centred, sum_dy
 
 
+def second_backward(
+    upstream: Sequence[tf.Tensor | None],
+    dy: tf.Tensor,
+    x: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    *,
+    axes: Sequence[int],
+    epsilon: float,
+    mask: tf.Tensor | None,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    r"""The gradients of :func:`backward`'s results, with respect to dy, x, gamma and beta.
+
+    With :math:`\hat x_i = (x_i - \mu)\, s` and :math:`P(z)_i = \frac{m_i}{n} (\sum_j z_j + \hat x_i \sum_j
+    z_j \hat x_j)`, the backward pass is :math:`dx = \gamma s (dy - P(dy))`, :math:`d\gamma = \sum \hat x\, dy`,
+    :math:`d\beta = \sum dy`. Where u, v, w are the gradients by these three, and :math:`P^T` adjoins P:
+
+    .. math:: \partial_{dy} &= \gamma s (u - P^T(u)) + v \hat x + w, \qquad
+              \partial_\gamma = s Q, \quad Q = \sum u (dy - P(dy)) \\
+              \partial_x &= s (G - P(G)) - \gamma s^2 Q \frac{m \hat x}{n}, \quad
+              G = v\, dy - \frac{\gamma s}{n} \left( dy \sum m u \hat x + m u \sum dy\, \hat x \right)
+
+    Everything here is computed anew from x, so that TensorFlow differentiates it to any further order.
+    """
+    dtype = gamma.dtype
+    values, dy_wide = tf.cast(x, dtype), tf.cast(dy, dtype)
+    u, v, w = (
+        tf.zeros_like(like) if given is None else tf.cast(given, dtype)  # None: nobody asks
+        for given, like in zip(upstream, (values, gamma, beta), strict=True)
+    )
+    shift, relative = moments(values, axes, mask)
+    s = tf.math.rsqrt(relative.variance + epsilon)
+    x_hat = _centred(values, shift, relative.mean, axes) * along(s, x, axes)
+    reduced = reduced_axes(x.shape.rank, axes)
+
+    def average(z: tf.Tensor) -> tf.Tensor:
+        total = tf.math.divide_no_nan(tf.reduce_sum(z, reduced), relative.count)
+        return along(total, x, axes)
+
+    def counting(z: tf.Tensor) -> tf.Tensor:
+        return z if mask is None else tf.where(mask, z, tf.zeros([], dtype))
+
+    def without_statistics(z: tf.Tensor) -> tf.Tensor:  # z - P(z)
+        return z - counting(average(z) + x_hat * average(z * x_hat))
+
+    gamma_s, v_wide = along(gamma * s, x, axes), along(v, x, axes)
+    u_counting = counting(u)
+    u_x_hat = average(u_counting * x_hat)
+    q = tf.reduce_sum(u * without_statistics(dy_wide), reduced)
+    by_dy = (
+        gamma_s * (u - average(u_counting) - x_hat * u_x_hat) + v_wide * x_hat + along(w, x, axes)
+    )
+    g = v_wide * dy_wide - gamma_s * (dy_wide * u_x_hat + u_counting * average(dy_wide * x_hat))
+    through_s = along(tf.math.divide_no_nan(gamma * s * s * q, relative.count), x, axes)
+    by_x = along(s, x, axes) * without_statistics(g) - counting(x_hat) * through_s
+    return tf.cast(by_dy, dy.dtype), tf.cast(by_x, x.dtype), s * q, tf.zeros_like(beta)
+
+
 def plain(
     x: tf.Tensor,
     gamma: tf.Tensor,
@@ -121,6 +179,52 @@ def inference(
     scale = gamma * tf.math.rsqrt(variance + epsilon)
     centred = tf.cast(x, dtype) - along(mean, x, axes)
     return tf.cast(centred * along(scale, x, axes) + along(beta, x, axes), x.dtype)
+
+
+def second_inference_backward(
+    upstream: Sequence[tf.Tensor | None],
+    dy: tf.Tensor,
+    x: tf.Tensor,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    *,
+    axes: Sequence[int],
+    epsilon: float,
+) -> tuple[tf.Tensor, ...]:
+    r"""The gradients of the gradients of :func:`inference`, by dy and by each of its arguments.
+
+    The gradients are :math:`dx = \gamma s\, dy`, :math:`d\mu = -\gamma s A`,
+    :math:`d\sigma^2 = -\frac12 \gamma s^3 B`, :math:`d\gamma = s B`, :math:`d\beta = A`, with
+    :math:`A = \sum dy` and :math:`B = \sum dy (x - \mu)`.
+    """
+    dtype = gamma.dtype
+    values, dy_wide = tf.cast(x, dtype), tf.cast(dy, dtype)
+    u, of_mean, of_variance, v, w = (
+        tf.zeros_like(like) if given is None else tf.cast(given, dtype)  # None: nobody asks
+        for given, like in zip(upstream, (values, mean, variance, gamma, beta), strict=True)
+    )
+    s = tf.math.rsqrt(variance + epsilon)
+    centred = values - along(mean, x, axes)
+    reduced = reduced_axes(x.shape.rank, axes)
+    a, b = tf.reduce_sum(dy_wide, reduced), tf.reduce_sum(dy_wide * centred, reduced)
+    u_dy = tf.reduce_sum(u * dy_wide, reduced)
+    by_a = w - gamma * s * of_mean
+    by_b = s * v - 0.5 * gamma * s**3 * of_variance
+    by_s = gamma * (u_dy - of_mean * a - 1.5 * s**2 * of_variance * b) + v * b
+    by_dy = along(gamma * s, x, axes) * u + along(by_a, x, axes) + along(by_b, x, axes) * centred
+    by_x = along(by_b, x, axes) * dy_wide
+    by_gamma = s * (u_dy - of_mean * a - 0.5 * s**2 * of_variance * b)
+    by_variance = -0.5 * s**3 * by_s
+    return (
+        tf.cast(by_dy, dy.dtype),
+        tf.cast(by_x, x.dtype),
+        -by_b * a,
+        by_variance,
+        by_gamma,
+        tf.zeros_like(beta),
+    )
 
 
 def _centred(x: tf.Tensor, shift: tf.Tensor, offset: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:

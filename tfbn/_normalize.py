@@ -68,20 +68,21 @@ def normalize_batch(
     if mask is None and _fused.serves(x, axes) and not _xla.compiling():
         kernel = functools.partial(_fused.forward, epsilon=epsilon, on_gpu=_on_gpu(x))
         back = functools.partial(_fused.backward, epsilon=epsilon)
-        plain = functools.partial(_formula.plain, axes=axes, epsilon=epsilon, mask=None)
-        return _by_kernel(kernel, back, plain, x, gamma, beta)
+        second = functools.partial(_formula.second_backward, axes=axes, epsilon=epsilon, mask=None)
+        return _by_kernel(kernel, back, second, x, gamma, beta)
     shape = tf.shape(gamma)
     view = x
     if mask is None:  # A mask may broadcast over one of two axes that would be merged.
         view, axes, channels = _views.merged(x, axes)
         gamma, beta = tf.reshape(gamma, channels), tf.reshape(beta, channels)
-    plain = functools.partial(_formula.plain, axes=axes, epsilon=epsilon, mask=mask)
+    setting = {"axes": axes, "epsilon": epsilon, "mask": mask}
     if _xla.compiling():
-        y, batch = plain(view, gamma, beta)
+        y, batch = _formula.plain(view, gamma, beta, **setting)
     else:
-        kernel = functools.partial(_formula.forward, axes=axes, epsilon=epsilon, mask=mask)
-        back = functools.partial(_formula.backward, axes=axes, epsilon=epsilon, mask=mask)
-        y, batch = _by_kernel(kernel, back, plain, view, gamma, beta)
+        kernel = functools.partial(_formula.forward, **setting)
+        back = functools.partial(_formula.backward, **setting)
+        second = functools.partial(_formula.second_backward, **setting)
+        y, batch = _by_kernel(kernel, back, second, view, gamma, beta)
     mean, variance = tf.reshape(batch.mean, shape), tf.reshape(batch.variance, shape)
     return _views.like(y, x), Moments(batch.count, mean, variance)
 
@@ -106,28 +107,24 @@ def normalize(
             tf.transpose(x, to_last), mean, variance, gamma, beta, axes=last, epsilon=epsilon
         )
         return tf.transpose(y, back_again)
-    plain = functools.partial(_formula.inference, axes=axes, epsilon=epsilon)
     if not _fused.serves(x, axes) or _xla.compiling():
-        return plain(x, mean, variance, gamma, beta)
+        return _formula.inference(x, mean, variance, gamma, beta, axes=axes, epsilon=epsilon)
 
-    def forward(*inputs: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-        def back(
-            dy: tf.Tensor,
-            x: tf.Tensor,
-            mean: tf.Tensor,
-            variance: tf.Tensor,
-            gamma: tf.Tensor,
-            beta: tf.Tensor,
-        ) -> tuple[tf.Tensor, ...]:
-            dx, dgamma, dbeta = _fused.inference_backward(
-                dy, x, mean, variance, gamma, epsilon=epsilon
-            )
-            s = tf.math.rsqrt(variance + epsilon)
-            return dx, -gamma * s * dbeta, -0.5 * gamma * tf.square(s) * dgamma, dgamma, dbeta
+    def back(dy: tf.Tensor, x: tf.Tensor, *weights: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        mean, variance, gamma, _ = weights
+        dx, dgamma, dbeta = _fused.inference_backward(dy, x, mean, variance, gamma, epsilon=epsilon)
+        s = tf.math.rsqrt(variance + epsilon)
+        return dx, -gamma * s * dbeta, -0.5 * gamma * tf.square(s) * dgamma, dgamma, dbeta
 
-        return _fused.inference(*inputs, epsilon=epsilon), back
-
-    return _differentiable(forward, plain, x, mean, variance, gamma, beta)
+    return _differentiable(
+        lambda *inputs: (_fused.inference(*inputs, epsilon=epsilon), back),
+        functools.partial(_formula.second_inference_backward, axes=axes, epsilon=epsilon),
+        x,
+        mean,
+        variance,
+        gamma,
+        beta,
+    )
 
 
 def _on_gpu(x: tf.Tensor) -> bool:
@@ -138,7 +135,7 @@ def _on_gpu(x: tf.Tensor) -> bool:
 def _by_kernel(
     kernel: Callable[..., tuple[tf.Tensor, Moments, Any]],
     back: Callable[..., tuple[tf.Tensor, ...]],
-    plain: Callable[..., tuple[tf.Tensor, Moments]],
+    second: Callable[..., tuple[tf.Tensor, ...]],
     x: tf.Tensor,
     gamma: tf.Tensor,
     beta: tf.Tensor,
@@ -150,20 +147,24 @@ def _by_kernel(
         moments.append(batch)
         return y, functools.partial(back, saved)
 
-    return _differentiable(forward, lambda *inputs: plain(*inputs)[0], x, gamma, beta), moments[0]
+    return _differentiable(forward, second, x, gamma, beta), moments[0]
 
 
 def _differentiable(
     forward: Callable[..., tuple[tf.Tensor, Callable[..., Any]]],
-    plain: Callable[..., tf.Tensor],
+    second: Callable[..., Sequence[tf.Tensor]],
     *inputs: tf.Tensor,
 ) -> tf.Tensor:
-    """Runs ``forward``, whose gradient is the one it returns and whose higher derivatives are those of ``plain``.
+    """Runs ``forward``, with the first and second derivative that are given.
+
+    Both are formulas rather than tapes of their own: TensorFlow's forward mode runs them with all
+    tapes stopped.
 
     Args:
         forward: Takes the inputs; returns the output and ``back(dy, *inputs)``, which returns one
             gradient each.
-        plain: The same function of the inputs, in operations that TensorFlow differentiates.
+        second: ``second(upstream, dy, *inputs)`` returns the gradients of ``back``'s results, given
+            those with respect to them (None where nobody asks), for dy and each input.
         *inputs: Tensors.
     """
 
@@ -173,23 +174,7 @@ def _differentiable(
 
         @tf.custom_gradient
         def first(dy: tf.Tensor, *inputs: tf.Tensor) -> tuple[Sequence[tf.Tensor], Callable]:
-            def second(*upstream: tf.Tensor) -> Sequence[tf.Tensor]:
-                with tf.GradientTape() as outer:
-                    outer.watch([dy, *inputs])
-                    with tf.GradientTape() as inner:
-                        inner.watch(inputs)
-                        y = plain(*inputs)
-                    gradients = inner.gradient(y, inputs, output_gradients=dy)
-                # Forward mode asks for some of the gradients only, and hands None for the others.
-                wanted = [(g, u) for g, u in zip(gradients, upstream, strict=True) if u is not None]
-                return outer.gradient(
-                    [g for g, _ in wanted],
-                    [dy, *inputs],
-                    output_gradients=[u for _, u in wanted],
-                    unconnected_gradients=tf.UnconnectedGradients.ZERO,
-                )
-
-            return back(dy, *inputs), second
+            return back(dy, *inputs), lambda *upstream: second(upstream, dy, *inputs)
 
         return y, lambda dy: first(dy, *inputs)
 
