@@ -43,7 +43,7 @@ class StatisticsWatch:
         raise StatisticsNotUpdatedError(
             "Batch normalization learned nothing for inference: the moving statistics of "
             f"{len(stuck)} of {len(self._before)} layers did not move in the first epoch. "
-            f"Received: {names}, after {steps} steps.\n"
+            f"Received: {names}, after {steps} step{'s' * (steps > 1)}.\n"
             "Likely causes, most common first:\n"
             "- The model's own call passes them `training=False`, or a flag of its own, instead of the "
             "`training` that it receives. Write `self.bn(x, training=training)`.\n"
