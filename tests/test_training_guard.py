@@ -41,7 +41,7 @@ def test_statistics_that_do_not_move_in_the_first_epoch_are_an_error(kind):
     assert "statistics of 1 of 2 layers did not move" in text
     assert "Received: 'bad', after 2 steps." in text
     assert "self.bn(x, training=training)" in text
-    assert "layer.trainable = False" in text
+    assert "`tfbn.freeze(model)`" in text
     assert epochs == []
 
 
@@ -58,6 +58,15 @@ def test_a_frozen_part_of_a_model_is_left_alone(kind):
     loop = TrainingLoop(Forgetful(kind), "sgd", "mse")
     loop.model.bad.trainable = False
     loop.fit(data(), epochs=1, verbose=0)
+
+
+def test_statistics_that_are_frozen_alone_are_left_alone_and_thawed_again():
+    loop = TrainingLoop(Forgetful(BatchNormalization), "sgd", "mse")
+    loop.model.bad.freeze_statistics = True
+    loop.fit(data(), epochs=1, verbose=0)
+    loop.model.bad.freeze_statistics = False
+    with pytest.raises(StatisticsNotUpdatedError, match="'bad'"):
+        loop.fit(data(), epochs=1, verbose=0)
 
 
 def test_batches_that_are_all_unusable_are_named_as_a_cause():

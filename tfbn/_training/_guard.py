@@ -47,7 +47,7 @@ class StatisticsWatch:
             "Likely causes, most common first:\n"
             "- The model's own call passes them `training=False`, or a flag of its own, instead of the "
             "`training` that it receives. Write `self.bn(x, training=training)`.\n"
-            "- The model never calls them in training. Remove them, or set `layer.trainable = False`.\n"
+            "- The model never calls them in training. Remove them, or freeze them.\n"
             "- They left out every batch: each one was empty, masked altogether, or not finite. Look for "
             "NaN and infinity in the data and in the layers before.\n"
             "If they are meant to stand still, say so: `tfbn.freeze(model)`."
