@@ -163,8 +163,10 @@ def _mean_dominates(
 ) -> tf.Tensor | bool:
     if tf.executing_eagerly():  # A few numbers, here already: NumPy is ten times quicker with them.
         mean, variance, n = mean.numpy(), variance.numpy(), n.numpy()
-    limit = (_TOLERANCE / (_MEAN_ERROR + _MEAN_ERROR_PER_EXAMPLE * n)) ** 2
-    dominates = mean * mean > limit * (variance + epsilon)
+        if n == 0:  # Some versions leave both uninitialized.
+            return False
+    limit = _TOLERANCE / (_MEAN_ERROR + _MEAN_ERROR_PER_EXAMPLE * n)
+    dominates = abs(mean) > limit * (variance + epsilon) ** 0.5  # not squared: that may overflow
     return dominates.any() if tf.executing_eagerly() else tf.reduce_any(dominates)
 
 

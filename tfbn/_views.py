@@ -31,14 +31,23 @@ def merged(
         return x, view_axes, channels
     view = tf.reshape(x, tf.stack(sizes))
     static = [None if tf.is_tensor(size) else size for size in sizes]
-    return tf.ensure_shape(view, static), view_axes, channels
+    return with_shape(view, static), view_axes, channels
 
 
 def like(y: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     """``y`` in the shape of ``x``."""
     if x.shape.is_fully_defined():
         return y if y.shape == x.shape else tf.reshape(y, x.shape)
-    return tf.ensure_shape(tf.reshape(y, tf.shape(x)), x.shape)
+    return with_shape(tf.reshape(y, tf.shape(x)), x.shape)
+
+
+def with_shape(x: tf.Tensor, shape: Sequence[int | None] | tf.TensorShape) -> tf.Tensor:
+    """``x``, of which more is known than its operation says.
+
+    ``tf.ensure_shape`` would check it again when the graph runs, and stop forward-mode differentiation.
+    """
+    x.set_shape(shape)
+    return x
 
 
 def interleaved(x: tf.Tensor, axes: Sequence[int]) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from tfbn._moments import Moments
+from tfbn._views import like, with_shape
 
 
 def split(x: tf.Tensor, size: int) -> tf.Tensor:
@@ -31,18 +32,18 @@ def split(x: tf.Tensor, size: int) -> tf.Tensor:
     ):
         grouped = tf.reshape(x, tf.concat([[tf.shape(x)[0] // size, size], rest], 0))
     groups = None if batch is None else batch // size
-    return tf.ensure_shape(grouped, [groups, size, *x.shape[1:]])
+    return with_shape(grouped, [groups, size, *x.shape[1:]])
 
 
 def join(y: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     """The inverse of :func:`split`: ``y`` in the shape of ``x``."""
-    return tf.ensure_shape(tf.reshape(y, tf.shape(x)), x.shape)
+    return like(y, x)
 
 
 def repeat(values: tf.Tensor, groups: tf.Tensor) -> tf.Tensor:
     """Per-channel ``values`` once for each group, (groups, *channels)."""
     grouped = tf.broadcast_to(values, tf.concat([[groups], tf.shape(values)], 0))
-    return tf.ensure_shape(grouped, [tf.get_static_value(groups), *values.shape])
+    return with_shape(grouped, [tf.get_static_value(groups), *values.shape])
 
 
 def average(moments: Moments) -> Moments:
