@@ -94,7 +94,7 @@ def mlp(
 
 
 def cnn(
-    image_shape: Sequence[int], classes: int, hidden: Hidden, widths: Sequence[int] = (16, 32, 64)
+    image_shape: Sequence[int], classes: int, hidden: Hidden, widths: Sequence[int] = (32, 64, 128)
 ) -> keras.Model:
     """3×3 convolutions of `widths` channels, each on half the resolution of the one before."""
     image = keras.Input(image_shape, name="image")

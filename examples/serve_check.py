@@ -16,7 +16,7 @@ for absent in ("tfbn", "keras", "tf_keras"):
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-TOLERANCE = 1e-4  # of the largest output: float32, and batches of another size
+TOLERANCE = 1e-3  # of the largest output: what the TF32 of a GPU allows; a CPU stays under 1e-5
 
 
 def serve(saved_model: str, inputs: np.ndarray) -> np.ndarray:

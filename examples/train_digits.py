@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; what a user can mend ends it with a message and without a traceback."""
     options = parse(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Of a GPU, the process that serves needs a part of the memory too.
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     try:
         run(options)
     except (ImportError, ConnectionError) as error:
@@ -73,7 +75,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="of the first step; it falls to 0 along a cosine (default: one for each optimizer)",
     )
     parser.add_argument(
-        "--epochs", type=whole(1), metavar="N", help="default: 20, or 1 with --quick"
+        "--epochs", type=whole(1), metavar="N", help="default: 15, or 1 with --quick"
     )
     parser.add_argument(
         "--batch-size",
@@ -105,7 +107,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             f"Received: --placement {options.placement}. Leave one of the two out."
         )
     options.placement = options.placement or "before"
-    options.epochs = options.epochs or (1 if options.quick else 20)
+    options.epochs = options.epochs or (1 if options.quick else 15)
     name = f"{options.dataset}-{options.model}-{options.norm}"
     options.output = options.output or ROOT / "saved_models" / name
     if options.output.exists() and not options.output.is_dir():
@@ -145,10 +147,11 @@ def run(options: argparse.Namespace) -> None:
     import tfbn
     from examples import curves, datasets, models, optimizers
 
+    data = datasets.load(options.dataset)
+    # Not before: to prepare data draws random numbers, and that is done in the first run alone.
     keras.utils.set_random_seed(options.seed)
     tf.config.experimental.enable_op_determinism()
 
-    data = datasets.load(options.dataset)
     train, test = data.train, data.test
     if options.quick:
         train, test = train.take(QUICK_EXAMPLES), test.take(QUICK_EXAMPLES)
