@@ -11,6 +11,7 @@ them runs. A call in a branch or a loop cannot return tensors from there; it poo
 it is, and the model is then traced once for each pass.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -24,11 +25,12 @@ from tfbn._freeze import statistics_are_frozen
 from tfbn._layer import BatchNormalization
 from tfbn._models import BatchNormLayer, batch_norm_layers
 from tfbn._moments import Moments
-from tfbn._sites import Site, normalize_by_batch, values
+from tfbn._sites import Pool, Site, normalize_by_batch, values
 
 Forward = Callable[[keras.layers.Layer, Any], Any]
 Summary = Callable[[tf.Tensor, Sequence[int], tf.Tensor | None], Moments]
 UPSTREAM = ("population", "batch")
+ONCE = Moments(1.0, 0.0, 0.0)
 
 
 class Population:
@@ -66,16 +68,25 @@ class Population:
         self._layers = layers
         self._forward = forward
         self._exact = upstream == "population"
-        self._summaries = (values, *summaries)
+        self._summaries = summaries
         self.strategy = strategy_of(model)
         calls = self._calls(spec)
         steps = levels([call for _, call in calls]) if self._exact else [0] * len(calls)
+        self.passes = 1 + max(steps, default=-1)
         with self.strategy.scope():
             self.sites = [
-                Site(layer, level, call.nested, len(self._summaries))
+                Site(layer, level, call.nested)
                 for (layer, call), level in zip(calls, steps, strict=True)
             ]
-        self.passes = 1 + max(steps, default=-1)
+            # One for all calls of a level, and one for each nested call, which counts its runs too.
+            self._pools = {
+                level: Pool([shape for site in sites for shape in self._shapes(site)])
+                for level in range(self.passes)
+                if (sites := self._side_by_side(level))
+            }
+            self._nested = {
+                site: Pool([*self._shapes(site), ()]) for site in self.sites if site.nested
+            }
         self._observe = tf.function(self._observed, autograph=False)
         self._compiled: dict[Any, Callable[[Any], None]] = {}
 
@@ -96,10 +107,15 @@ class Population:
                 self._step(spec, level)(batch)
                 count += 1
             with self.strategy.scope():
-                for site in self.sites:
-                    if site.level == level:
-                        self._check_runs_once(site, count)
-                        site.conclude()
+                self._conclude(level, count)
+
+    def _side_by_side(self, level: int) -> list[Site]:
+        """The calls of a level that can return their moments."""
+        return [site for site in self.sites if site.level == level and not site.nested]
+
+    def _shapes(self, site: Site) -> list[Sequence[int]]:
+        """Those of what is pooled for a call."""
+        return [site.layer.moving_mean.shape] * (1 + len(self._summaries))
 
     def _calls(self, spec: Any) -> list[tuple[BatchNormLayer, Call]]:
         """All calls of the layers, in the order in which the model makes them."""
@@ -144,13 +160,13 @@ class Population:
 
     def _take(self, batch: Any, level: int) -> None:
         """One replica's part of a batch."""
-        nested = any(site.nested for site in self.sites)
-        arguments = (_share(batch), level if nested else None)
+        arguments = (_share(batch), level if self._nested else None)
         # Asked for so, the function is traced once, and called here as what it was traced into.
         observe = self._observe.get_concrete_function(*arguments)
-        for site, summaries in zip(self.sites, observe(*arguments), strict=True):
-            if site.level == level and not site.nested:
-                site.add(summaries)
+        seen = dict(zip(self.sites, observe(*arguments), strict=True))
+        if level in self._pools:
+            sites = self._side_by_side(level)
+            self._pools[level].add([summary for site in sites for summary in seen[site]])
 
     def _observed(self, batch: Any, level: int | None) -> list[list[Moments]]:
         """Runs the model on a batch; what its calls see."""
@@ -169,13 +185,15 @@ class Population:
                 x = tf.convert_to_tensor(inputs)
                 axes = _arguments.resolved_axes(layer.axis, x.shape)
                 mask = None if mask is None else _arguments.fitted_mask(mask, x)
-                summaries = [summary(x, axes, mask) for summary in self._summaries]
-                if site.nested and site.level == level:
-                    site.add(summaries)
-                seen.append([] if site.nested else summaries)
                 if self._exact:
-                    return site.normalize(x, axes)
-                return normalize_by_batch(layer, x, axes, mask)
+                    y, moments = site.normalize(x, axes), values(x, axes, mask)
+                else:
+                    y, moments = normalize_by_batch(layer, x, axes, mask)
+                summaries = [moments, *(summary(x, axes, mask) for summary in self._summaries)]
+                if site.nested and site.level == level:
+                    self._nested[site].add([*summaries, ONCE])
+                seen.append([] if site.nested else summaries)
+                return y
 
             return call
 
@@ -190,19 +208,27 @@ class Population:
             )
         return seen
 
-    def _check_runs_once(self, site: Site, batches: int) -> None:
-        """Raises if a call whose runs each have statistics of their own runs more than once a batch."""
-        if (
-            self._exact
-            and site.nested
-            and site.runs() > batches * self.strategy.num_replicas_in_sync
-        ):
+    def _conclude(self, level: int, batches: int) -> None:
+        """Tells the calls of a level what was found about them."""
+        if level in self._pools:
+            found = iter(self._pools[level].read())
+            for site in self._side_by_side(level):
+                site.conclude(list(itertools.islice(found, 1 + len(self._summaries))))
+        for site, pool in self._nested.items():
+            if site.level == level:
+                *own, turns = pool.read()
+                self._check_runs_once(site, int(turns.count), batches)
+                site.conclude(own)
+
+    def _check_runs_once(self, site: Site, turns: int, batches: int) -> None:
+        """Raises if a call whose turns each have statistics of their own has several in a batch."""
+        if self._exact and turns > batches * self.strategy.num_replicas_in_sync:
             raise ValueError(
                 "A batch normalization layer runs in a loop of the graph, as tf.while_loop, tf.map_fn and "
                 "recurrent layers make them. What it sees in one turn depends on what it did in the one "
                 "before, and there is no telling the turns apart. Unroll the loop (`unroll=True` in "
                 'Keras\'s recurrent layers), or pass upstream="batch". '
-                f"Received: layer {name_of(site.layer)!r}, {site.runs()} turns in {batches} batches."
+                f"Received: layer {name_of(site.layer)!r}, {turns} turns in {batches} batches."
             )
 
 

@@ -1,5 +1,6 @@
 """One call of a batch normalization layer, and the moments of what it sees over many batches."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,12 +16,20 @@ class NotFiniteError(ValueError):
 
 
 class Pool:
-    """Moments of all that was added, in float64. Each replica adds to a part of its own."""
+    """The moments of everything that was added, for many channels of many kinds at once, in float64.
 
-    def __init__(self, shape: Sequence[int]):
+    Each replica adds to a part of its own.
+
+    Args:
+        shapes: Of the channels of each kind.
+    """
+
+    def __init__(self, shapes: Sequence[Sequence[int]]):
+        self._shapes = [tuple(shape) for shape in shapes]
+        self._sizes = [math.prod(shape) for shape in self._shapes]
         self._parts = [
             tf.Variable(
-                tf.zeros(shape, tf.float64),
+                tf.zeros([sum(self._sizes)], tf.float64),
                 trainable=False,
                 synchronization=tf.VariableSynchronization.ON_READ,
                 aggregation=tf.VariableAggregation.NONE,
@@ -28,24 +37,32 @@ class Pool:
             for _ in Moments._fields
         ]
 
-    def add(self, new: Moments) -> None:
-        """Merges moments of any precision into the part of this replica."""
+    def add(self, new: Sequence[Moments]) -> None:
+        """Merges moments of each kind into the part of this replica."""
+        packed = []
+        for field in zip(*new, strict=True):
+            flat = [
+                tf.reshape(tf.broadcast_to(tf.cast(value, tf.float64), shape), [-1])
+                for value, shape in zip(field, self._shapes, strict=True)
+            ]
+            packed.append(tf.concat(flat, 0))
         old = Moments(*(tf.convert_to_tensor(part) for part in self._parts))
-        merged = merge(old, Moments(*(tf.cast(value, tf.float64) for value in new)))
-        for part, value in zip(self._parts, merged, strict=True):
-            part.assign(tf.broadcast_to(value, part.shape))
+        for part, value in zip(self._parts, merge(old, Moments(*packed)), strict=True):
+            part.assign(value)
 
-    def read(self) -> Moments:
-        """The moments of all parts together, as arrays; called with the strategy in scope."""
-        strategy = tf.distribute.get_strategy()
-        here = strategy.run(
-            lambda: tf.stack([tf.convert_to_tensor(part) for part in self._parts])[tf.newaxis]
-        )
-        first, *others = tf.unstack(strategy.gather(here, axis=0))
-        pooled = Moments(*tf.unstack(first))
+    def read(self) -> list[Moments]:
+        """The moments of each kind, of all replicas together, as arrays. The strategy is in scope."""
+        here = tf.distribute.get_strategy().run(lambda: tf.stack(self._parts)[tf.newaxis])
+        first, *others = tf.unstack(tf.distribute.get_strategy().gather(here, axis=0))
+        total = Moments(*tf.unstack(first))
         for other in others:
-            pooled = merge(pooled, Moments(*tf.unstack(other)))
-        return Moments(*(value.numpy() for value in pooled))
+            total = merge(total, Moments(*tf.unstack(other)))
+        ends = np.cumsum(self._sizes)
+        fields = [np.split(value.numpy(), ends[:-1]) for value in total]
+        return [
+            Moments(*(value.reshape(shape) for value in kind))
+            for *kind, shape in zip(*fields, self._shapes, strict=True)
+        ]
 
 
 class Site:
@@ -59,37 +76,23 @@ class Site:
             of the inputs themselves.
     """
 
-    def __init__(self, layer: BatchNormLayer, level: int, nested: bool, summaries: int):
-        shape = layer.moving_mean.shape
+    def __init__(self, layer: BatchNormLayer, level: int, nested: bool):
         self.layer = layer
         self.level = level
         self.nested = nested
-        self.found: tuple[Moments, ...] = ()
-        self._pools = [Pool(shape) for _ in range(summaries)]
-        self._runs = Pool(())
+        self.found: Sequence[Moments] = ()
         # Before its pass: the layer's own, so that what runs behind it sees numbers of its kind.
         self._mean = tf.Variable(tf.cast(layer.moving_mean, tf.float64), trainable=False)
         self._variance = tf.Variable(tf.cast(layer.moving_variance, tf.float64), trainable=False)
 
-    def add(self, summaries: Sequence[Moments]) -> None:
-        """Takes in one batch."""
-        for pool, summary in zip(self._pools, summaries, strict=True):
-            pool.add(summary)
-        if self.nested:
-            self._runs.add(Moments(tf.ones([]), tf.zeros([]), tf.zeros([])))
-
-    def runs(self) -> int:
-        """How often a nested call ran."""
-        return int(self._runs.read().count)
-
-    def conclude(self) -> None:
-        """Ends its pass. From now on it can `normalize`.
+    def conclude(self, found: Sequence[Moments]) -> None:
+        """Ends its pass, with what was found. From now on it can `normalize`.
 
         Raises:
             NotFiniteError: If the moments of its inputs are not finite.
         """
-        self.found = tuple(pool.read() for pool in self._pools)
-        count, mean, variance = self.found[0]
+        self.found = found
+        count, mean, variance = found[0]
         if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
             raise NotFiniteError(
                 "The inputs of a batch normalization layer are not all finite: there are NaN or "
@@ -120,11 +123,11 @@ class Site:
 
 def normalize_by_batch(
     layer: BatchNormLayer, x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None
-) -> tf.Tensor:
-    """What the layer gives for a batch in training, by the formula: without renorm or virtual batches."""
+) -> tuple[tf.Tensor, Moments]:
+    """What a layer without renorm or virtual batches gives for a batch in training, and its moments."""
     scale, offset = _affine(layer, statistics_dtype(x.dtype))
-    y, _ = normalize_batch(x, scale, offset, axes=axes, epsilon=layer.epsilon, mask=mask)
-    return tf.cast(y, layer.compute_dtype)
+    y, batch = normalize_batch(x, scale, offset, axes=axes, epsilon=layer.epsilon, mask=mask)
+    return tf.cast(y, layer.compute_dtype), batch
 
 
 def values(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) -> Moments:
