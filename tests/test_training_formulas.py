@@ -295,6 +295,21 @@ def test_accumulation_counts_the_steps_that_a_mask_keeps():
         np.testing.assert_allclose(accumulated, whole, rtol=1e-5, atol=1e-6)
 
 
+def test_accumulation_takes_the_sparse_gradients_of_an_embedding():
+    x = np.random.default_rng(0).integers(0, 6, (12, 3))
+    y = np.arange(12.0)[:, None]
+    seen = []
+    for sizes, steps in (([3, 4, 5], 3), ([12], 1)):
+        keras.utils.set_random_seed(2)
+        model = keras.Sequential([keras.Input((3,)), LAYERS.Embedding(6, 2), LAYERS.Flatten()])
+        model.add(LAYERS.Dense(1))
+        loop = TrainingLoop(model, keras.optimizers.SGD(0.01), "mse", accumulation_steps=steps)
+        loop.fit(Batches(sizes, x, y), epochs=3, verbose=0)
+        seen.append(model.get_weights())
+    for accumulated, whole in zip(*seen, strict=True):
+        np.testing.assert_allclose(accumulated, whole, rtol=1e-5, atol=1e-6)
+
+
 def test_an_empty_batch_adds_nothing_to_a_group():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(20, 4)), rng.normal(size=(20, 1))

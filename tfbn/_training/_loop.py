@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from tfbn._training._backup import Backup, Progress
 from tfbn._training._callbacks import any_overrides, restored_epoch, split_backup
-from tfbn._training._data import ArraySource, as_source
+from tfbn._training._checks import check_accumulation, check_batch_size, check_count
+from tfbn._training._data import as_source
 from tfbn._training._guard import StatisticsWatch
 from tfbn._training._step import Steps
 from tfbn._training._stream import Stream
@@ -86,10 +87,10 @@ class TrainingLoop:
                 "TrainingLoop trains on one device: pass strategy=None. "
                 f"Received: strategy={strategy!r} of type {type(strategy).__name__}."
             )
-        _check_count("accumulation_steps", accumulation_steps)
+        check_count("accumulation_steps", accumulation_steps)
         optimizer = keras.optimizers.get(optimizer)
         if accumulation_steps > 1:
-            _check_accumulation(optimizer, loss)
+            check_accumulation(optimizer, loss)
         settings = {
             "loss": loss,
             "loss_weights": loss_weights,
@@ -164,11 +165,11 @@ class TrainingLoop:
             TypeError: if the data is of no kind that is known.
             ValueError: if the data is empty, or an argument has no meaning. Nothing is changed then.
         """
-        _check_count("epochs", epochs)
-        _check_count("validation_freq", validation_freq)
-        _check_count("initial_epoch", initial_epoch, least=0)
-        _check_count("steps_per_epoch", steps_per_epoch, optional=True)
-        _check_count("validation_steps", validation_steps, optional=True)
+        check_count("epochs", epochs)
+        check_count("validation_freq", validation_freq)
+        check_count("initial_epoch", initial_epoch, least=0)
+        check_count("steps_per_epoch", steps_per_epoch, optional=True)
+        check_count("validation_steps", validation_steps, optional=True)
         self._check_compiled()
         backup, given = split_backup(callbacks)
         saved = None if backup is None else backup.read()
@@ -188,7 +189,7 @@ class TrainingLoop:
                     "a data set, arrays, or validation_steps. "
                     f"Received: validation_data of type {type(validation_data).__name__}."
                 )
-        _check_batch_size(batch_size, train, validation)
+        check_batch_size(batch_size, train, validation)
         train.open(progress.position)
         if validation is not None:
             validation.open(progress.validation_position)
@@ -281,11 +282,11 @@ class TrainingLoop:
             TypeError: if the data is of no kind that is known.
             ValueError: if the data is empty, or an argument has no meaning.
         """
-        _check_count("steps", steps, optional=True)
+        check_count("steps", steps, optional=True)
         self._check_compiled()
         _, given = split_backup(callbacks)
         stream = _stream("data", data, steps, batch_size)
-        _check_batch_size(batch_size, stream)
+        check_batch_size(batch_size, stream)
         stream.open()
         self._steps.build(stream.spec)
         hooks = keras.callbacks.CallbackList(
@@ -369,44 +370,6 @@ def _stream(
     seed: int = 0,
 ) -> Stream:
     return Stream(name, as_source(name, data, batch_size or 32, shuffle, seed), steps)
-
-
-def _check_batch_size(batch_size: int | None, *streams: Stream | None) -> None:
-    if batch_size is None:
-        return
-    _check_count("batch_size", batch_size)
-    if not any(s is not None and isinstance(s.source, ArraySource) for s in streams):
-        raise ValueError(
-            "`batch_size` is for arrays, and this data comes in batches already: leave it out. "
-            f"Received: batch_size={batch_size!r}."
-        )
-
-
-def _check_count(name: str, value: Any, least: int = 1, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(
-            f"`{name}` must be an integer of at least {least}. Received: {name}={value!r}."
-        )
-
-
-def _check_accumulation(optimizer: keras.optimizers.Optimizer, loss: Any) -> None:
-    """Refuses what would not be the gradient of the mean loss over all examples."""
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    if inner.gradient_accumulation_steps:
-        raise ValueError(
-            "Gradients would be accumulated twice: set accumulation_steps of the loop, or "
-            "gradient_accumulation_steps of the optimizer, not both. Received: "
-            f"gradient_accumulation_steps={inner.gradient_accumulation_steps}."
-        )
-    for part in keras.tree.flatten(loss):
-        reduction = getattr(part, "reduction", "sum_over_batch_size")
-        if reduction not in ("sum_over_batch_size", "mean"):
-            raise ValueError(
-                "Accumulation needs a loss that is a mean over the examples of a batch: take "
-                f"reduction='sum_over_batch_size'. Received: {part!r} with reduction={reduction!r}."
-            )
 
 
 def _floats(logs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,46 @@
+"""Checks of what users hand to the loop: each says what was wrong, what was received and what to do."""
+
+from typing import Any
+
+import keras
+
+from tfbn._training._data import ArraySource
+from tfbn._training._stream import Stream
+
+
+def check_batch_size(batch_size: int | None, *streams: Stream | None) -> None:
+    if batch_size is None:
+        return
+    check_count("batch_size", batch_size)
+    if not any(s is not None and isinstance(s.source, ArraySource) for s in streams):
+        raise ValueError(
+            "`batch_size` is for arrays, and this data comes in batches already: leave it out. "
+            f"Received: batch_size={batch_size!r}."
+        )
+
+
+def check_count(name: str, value: Any, least: int = 1, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+            f"`{name}` must be an integer of at least {least}. Received: {name}={value!r}."
+        )
+
+
+def check_accumulation(optimizer: keras.optimizers.Optimizer, loss: Any) -> None:
+    """Refuses what would not be the gradient of the mean loss over all examples."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    if inner.gradient_accumulation_steps:
+        raise ValueError(
+            "Gradients would be accumulated twice: set accumulation_steps of the loop, or "
+            "gradient_accumulation_steps of the optimizer, not both. Received: "
+            f"gradient_accumulation_steps={inner.gradient_accumulation_steps}."
+        )
+    for part in keras.tree.flatten(loss):
+        reduction = getattr(part, "reduction", "sum_over_batch_size")
+        if reduction not in ("sum_over_batch_size", "mean"):
+            raise ValueError(
+                "Accumulation needs a loss that is a mean over the examples of a batch: take "
+                f"reduction='sum_over_batch_size'. Received: {part!r} with reduction={reduction!r}."
+            )
