@@ -149,9 +149,8 @@ def plain(
     It computes :math:`(x - c) s\gamma + (\beta - (\mu - c) s\gamma)` with the shift :math:`c`: one
     multiply-add that does not cancel, since :math:`\mu - c` is small.
     """
-    values = tf.cast(
-        x, gamma.dtype
-    )  # Once, so that the gradient is rounded to half precision once.
+    # Cast once, so that the gradient is rounded to half precision once.
+    values = tf.cast(x, gamma.dtype)
     shift, relative = moments(values, axes, mask)
     scale = gamma * tf.math.rsqrt(relative.variance + epsilon)
     offset = beta - relative.mean * scale

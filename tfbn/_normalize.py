@@ -66,23 +66,31 @@ def normalize_batch(
         )
         return tf.transpose(y, back_again), batch
     if mask is None and _fused.serves(x, axes) and not _xla.compiling():
-        kernel = functools.partial(_fused.forward, epsilon=epsilon, on_gpu=_on_gpu(x))
-        back = functools.partial(_fused.backward, epsilon=epsilon)
-        second = functools.partial(_formula.second_backward, axes=axes, epsilon=epsilon, mask=None)
-        return _by_kernel(kernel, back, second, x, gamma, beta)
+        return _by_kernel(
+            functools.partial(_fused.forward, epsilon=epsilon, on_gpu=_on_gpu(x)),
+            functools.partial(_fused.backward, epsilon=epsilon),
+            functools.partial(_formula.second_backward, axes=axes, epsilon=epsilon, mask=None),
+            x,
+            gamma,
+            beta,
+        )
     shape = tf.shape(gamma)
     view = x
     if mask is None:  # A mask may broadcast over one of two axes that would be merged.
         view, axes, channels = _views.merged(x, axes)
         gamma, beta = tf.reshape(gamma, channels), tf.reshape(beta, channels)
-    setting = {"axes": axes, "epsilon": epsilon, "mask": mask}
+    setting: dict[str, Any] = {"axes": axes, "epsilon": epsilon, "mask": mask}
     if _xla.compiling():
         y, batch = _formula.plain(view, gamma, beta, **setting)
     else:
-        kernel = functools.partial(_formula.forward, **setting)
-        back = functools.partial(_formula.backward, **setting)
-        second = functools.partial(_formula.second_backward, **setting)
-        y, batch = _by_kernel(kernel, back, second, view, gamma, beta)
+        y, batch = _by_kernel(
+            functools.partial(_formula.forward, **setting),
+            functools.partial(_formula.backward, **setting),
+            functools.partial(_formula.second_backward, **setting),
+            view,
+            gamma,
+            beta,
+        )
     mean, variance = tf.reshape(batch.mean, shape), tf.reshape(batch.variance, shape)
     return _views.like(y, x), Moments(batch.count, mean, variance)
 
