@@ -20,16 +20,12 @@ import tensorflow as tf
 
 from tfbn import _arguments
 from tfbn._calls import Call, calls_replaced, functions_inlined, levels
-from tfbn._feed import Feed
-from tfbn._freeze import statistics_are_frozen
-from tfbn._layer import BatchNormalization
-from tfbn._models import BatchNormLayer, batch_norm_layers
+from tfbn._models import BatchNormLayer
 from tfbn._moments import Moments
 from tfbn._sites import Pool, Site, normalize_by_batch, values
 
 Forward = Callable[[keras.layers.Layer, Any], Any]
 Summary = Callable[[tf.Tensor, Sequence[int], tf.Tensor | None], Moments]
-UPSTREAM = ("population", "batch")
 ONCE = Moments(1.0, 0.0, 0.0)
 
 
@@ -170,35 +166,52 @@ class Population:
 
     def _observed(self, batch: Any, level: int | None) -> list[list[Moments]]:
         """Runs the model on a batch; what its calls see."""
-        called: list[BatchNormLayer] = []
         seen: list[list[Moments]] = []
+
+        def observe(site: Site, *inputs: Any) -> tf.Tensor:
+            if self._exact:
+                y, moments = site.normalize(*inputs), values(*inputs)
+            else:
+                y, moments = normalize_by_batch(site.layer, *inputs)
+            summaries = [moments, *(summary(*inputs) for summary in self._summaries)]
+            if site.nested and site.level == level:
+                self._nested[site].add([*summaries, ONCE])
+            seen.append([] if site.nested else summaries)
+            return y
+
+        self._run(batch, observe)
+        return seen
+
+    def predict(self, batch: Any, upstream: str) -> Any:
+        """What the model gives for a batch if its layers normalize by what was found, or by the batch.
+
+        Called while a graph is traced, after `measure`.
+        """
+        if upstream == "population":
+            return self._run(batch, lambda site, *inputs: site.normalize(*inputs))
+        return self._run(batch, lambda site, *inputs: normalize_by_batch(site.layer, *inputs)[0])
+
+    def _run(self, batch: Any, normalize: Callable[..., tf.Tensor]) -> Any:
+        """Runs the model on a batch, with ``normalize(site, x, axes, mask)`` in place of the layers' calls."""
+        called: list[BatchNormLayer] = []
         expected = [site.layer for site in self.sites]
 
-        def observed(layer: BatchNormLayer) -> Callable[..., tf.Tensor]:
+        def replaced(layer: BatchNormLayer) -> Callable[..., tf.Tensor]:
             infer = layer.call
 
             def call(inputs: Any, training: Any = None, mask: Any = None) -> tf.Tensor:
                 called.append(layer)
                 if called != expected[: len(called)]:  # An error, once Keras is out of the way.
                     return infer(inputs, training=False, mask=mask)
-                site = self.sites[len(seen)]
                 x = tf.convert_to_tensor(inputs)
                 axes = _arguments.resolved_axes(layer.axis, x.shape)
                 mask = None if mask is None else _arguments.fitted_mask(mask, x)
-                if self._exact:
-                    y, moments = site.normalize(x, axes), values(x, axes, mask)
-                else:
-                    y, moments = normalize_by_batch(layer, x, axes, mask)
-                summaries = [moments, *(summary(x, axes, mask) for summary in self._summaries)]
-                if site.nested and site.level == level:
-                    self._nested[site].add([*summaries, ONCE])
-                seen.append([] if site.nested else summaries)
-                return y
+                return normalize(self.sites[len(called) - 1], x, axes, mask)
 
             return call
 
-        with calls_replaced([(layer, observed(layer)) for layer in self._layers]):
-            self._forward(self._model, batch)
+        with calls_replaced([(layer, replaced(layer)) for layer in self._layers]):
+            outputs = self._forward(self._model, batch)
         if called != expected:
             raise ValueError(
                 "The model calls other batch normalization layers for this batch than for the first: "
@@ -206,7 +219,7 @@ class Population:
                 f"each part alone. Received: calls of {[name_of(layer) for layer in called]} in place of "
                 f"{[name_of(layer) for layer in expected]}."
             )
-        return seen
+        return outputs
 
     def _conclude(self, level: int, batches: int) -> None:
         """Tells the calls of a level what was found about them."""
@@ -230,81 +243,6 @@ class Population:
                 'Keras\'s recurrent layers), or pass upstream="batch". '
                 f"Received: layer {name_of(site.layer)!r}, {turns} turns in {batches} batches."
             )
-
-
-def survey(
-    model: keras.layers.Layer,
-    feed: Feed,
-    upstream: str,
-    forward: Forward | None,
-    *,
-    include_frozen: bool,
-    summaries: Sequence[Summary] = (),
-) -> tuple[list[BatchNormLayer], Population]:
-    """All batch normalization layers of a model, and what measures those whose statistics can move.
-
-    Raises:
-        TypeError: If `model` is no Keras layer.
-        ValueError: If there is nothing to measure, or ``upstream`` is unknown.
-    """
-    if upstream not in UPSTREAM:
-        raise ValueError(f"`upstream` must be one of {UPSTREAM}. Received: upstream={upstream!r}.")
-    forward = _infer if forward is None else forward
-    batch_norm_layers(model)  # Refuses what is no layer.
-    if not model.built:
-        tf.function(lambda batch: forward(model, batch), autograph=False).get_concrete_function(
-            feed.spec
-        )
-    layers = batch_norm_layers(model)
-    if not layers:
-        raise ValueError(
-            "The model has no batch normalization layers, hence no statistics of theirs. "
-            f"Received: model {model.name!r} of type {type(model).__name__}."
-        )
-    live = [layer for layer in layers if include_frozen or not statistics_are_frozen(layer)]
-    if not live:
-        raise ValueError(
-            "All batch normalization layers of the model are frozen: pass include_frozen=True, or "
-            f"`tfbn.unfreeze` it. Received: model {model.name!r}, {len(layers)} frozen layers."
-        )
-    for layer in live:
-        _check_call_is_known(layer)
-    population = Population(
-        model,
-        [layer for layer in live if layer.built],
-        forward=forward,
-        spec=feed.spec,
-        upstream=upstream,
-        summaries=summaries,
-    )
-    if not population.sites:
-        raise ValueError(
-            "The model, run on a batch, calls none of its batch normalization layers: pass the function "
-            "that does as `forward`. "
-            f"Received: model {model.name!r}, layers {[name_of(layer) for layer in live]}."
-        )
-    return layers, population
-
-
-def _infer(model: keras.layers.Layer, batch: Any) -> Any:
-    """Runs the model on the inputs in a batch, in inference mode."""
-    x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
-    expected = len(getattr(model, "inputs", None) or [x])
-    # Without labels, the inputs of a model with several may come as the batch itself.
-    if tf.is_tensor(x) and expected > 1 and len(batch) == expected:
-        x = batch
-    return model(x, training=False)
-
-
-def _check_call_is_known(layer: BatchNormLayer) -> None:
-    """Raises for a subclass that computes something of its own."""
-    known = (keras.layers.BatchNormalization.call, BatchNormalization.call)
-    if type(layer).call not in known:
-        raise ValueError(
-            "This layer has a `call` of its own, and what it does with the statistics is unknown: only "
-            "keras.layers.BatchNormalization, tfbn.BatchNormalization and subclasses that leave `call` "
-            f"alone are understood. Received: layer {name_of(layer)!r} of type {type(layer).__name__}."
-        )
 
 
 def name_of(layer: keras.layers.Layer) -> str:

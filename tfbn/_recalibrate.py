@@ -13,8 +13,9 @@ from tfbn._feed import Feed
 from tfbn._freeze import statistics_are_frozen
 from tfbn._models import BatchNormLayer
 from tfbn._moments import Moments, merge
-from tfbn._population import Forward, name_of, survey
+from tfbn._population import Forward, name_of
 from tfbn._sites import Site
+from tfbn._survey import survey
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,7 +104,9 @@ class Site:
         self._mean.assign(np.where(here, mean, self.layer.moving_mean.numpy()))
         self._variance.assign(np.where(here, variance, self.layer.moving_variance.numpy()))
 
-    def normalize(self, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    def normalize(
+        self, x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None
+    ) -> tf.Tensor:
         """Normalizes by what was found, as one training step on all data at once would."""
         # The mean in two parts: a single number of the dtype of x has too few digits if it is large.
         mean = tf.convert_to_tensor(self._mean)
