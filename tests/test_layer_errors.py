@@ -286,13 +286,26 @@ def test_bad_first_calls_do_not_build_the_layer(bad_call):
     [
         lambda: keras.Input((4, 3), dtype="int32"),
         lambda: keras.Input((4, 3), dtype="string"),
-        lambda: keras.Input((3,), sparse=True),
     ],
-    ids=["integers", "strings", "sparse"],
+    ids=["integers", "strings"],
 )
 def test_bad_symbolic_inputs(make):
     with pytest.raises((TypeError, ValueError), match="Received: "):
         tfbn.BatchNormalization()(make())
+
+
+def test_a_symbolic_tensor_that_keras_takes_for_sparse_is_none():
+    """Keras marks the product of a number and a dense symbolic tensor as sparse."""
+    x = keras.Input((3,))
+    model = keras.Model(x, tfbn.BatchNormalization()(2 * x))
+    assert model(tf.ones((4, 3))).shape == (4, 3)
+
+
+def test_a_sparse_input_of_a_model_is_refused_when_it_comes():
+    x = keras.Input((3,), sparse=True)
+    model = keras.Model(x, tfbn.BatchNormalization()(x))
+    with pytest.raises(TypeError, match=r"tf\.sparse\.to_dense.*Received: a sparse tensor"):
+        model(tf.sparse.from_dense(tf.ones((4, 3))))
 
 
 # Virtual batches

@@ -159,13 +159,13 @@ def check_channels_known(shape: Sequence[int | None], axes: Sequence[int]) -> No
 
 def check_input(inputs: Any, name: str) -> None:
     """Raises for what the layer cannot normalize, whatever its shape: other kinds of tensors and numbers."""
-    kind = (
-        "ragged"
-        if isinstance(inputs, tf.RaggedTensor) or getattr(inputs, "ragged", False)
-        else "sparse"
-        if isinstance(inputs, tf.SparseTensor) or getattr(inputs, "sparse", False)
-        else None
-    )
+    # Not by the `sparse` of a symbolic tensor: Keras says it of `2 * x` for a dense x, too.
+    if isinstance(inputs, tf.RaggedTensor) or getattr(inputs, "ragged", False):
+        kind = "ragged"
+    elif isinstance(inputs, tf.SparseTensor):
+        kind = "sparse"
+    else:
+        kind = None
     if kind is not None:
         cure = (
             "`inputs.to_tensor()` and a mask"
