@@ -63,6 +63,8 @@ $(VENV)/ready: pyproject.toml | $(python)
 	$(pip_install) --editable '.[dev]'
 	@touch $@
 
+.venv-oldest/ready: tests/oldest.txt
+
 $(VENV)/ready-bench: $(VENV)/ready
 	@echo "Installing what the benchmarks compare with into $(VENV)."
 	$(pip_install) --editable '.[bench]'
