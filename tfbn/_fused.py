@@ -52,6 +52,7 @@ def forward(
     flat = _flat(x, gamma)
     scale, offset = _vector(gamma), _vector(beta)
     n = count(flat, [3])
+    perhaps_empty = flat.shape[0] in (None, 0)
 
     def run(values: tf.Tensor) -> tuple[tf.Tensor, ...]:
         y, mean, unbiased, *reserve = tf.raw_ops.FusedBatchNormV3(
@@ -82,6 +83,10 @@ def forward(
             _mean_dominates(mean, variance, n, epsilon),
             again,
             lambda: (flat, y, mean, variance, *reserve),
+        )
+    if perhaps_empty:  # The kernel then leaves whatever was in memory.
+        mean, variance = (
+            tf.where(n > 0, value, tf.zeros_like(value)) for value in (mean, variance)
         )
     moments = Moments(n, like(mean, gamma), like(variance, gamma))
     return like(y, x), moments, Saved(flat, tuple(reserve))

@@ -31,9 +31,7 @@ def corrections(
     # Early in training the moving value may be smaller than any batch's can be.
     reference = tf.maximum(renorm_stddev, epsilon**0.5)
     r = tf.sqrt(moments.variance + epsilon) / reference
-    # Without a value there is no mean, perhaps NaN: with 0, x comes out normalized by the moving statistics.
-    mean = tf.where(moments.count > 0, moments.mean, tf.zeros_like(moments.mean))
-    d = (mean - renorm_mean) / reference
+    d = (moments.mean - renorm_mean) / reference
     if clipping.get("rmin") is not None:
         r = tf.maximum(r, clipping["rmin"])
     if clipping.get("rmax") is not None:
