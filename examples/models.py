@@ -102,7 +102,7 @@ def cnn(
     for width in widths[1:]:
         a = layers.MaxPool2D(2)(a)
         a = hidden(a, layers.Conv2D, width, 3, padding="same")
-    a = layers.GlobalAveragePooling2D()(a)
+    a = layers.Flatten()(a)
     return keras.Model(image, layers.Dense(classes, name="logits")(a), name="cnn")
 
 
