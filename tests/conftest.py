@@ -59,3 +59,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs once on each device that TensorFlow lists, placed there by default."""
     with tf.device(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def no_tensor_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small tensors of the tests take the kernels that large ones take in earnest.
+
+    `test_kernels.py` tests where the line is, and the formula beyond it.
+    """
+    monkeypatch.setattr("tfbn._normalize.SMALL", 0)

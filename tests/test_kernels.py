@@ -5,11 +5,14 @@ A fallback to the formula gives the same numbers, so that only this shows it.
 
 import collections
 
+import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 
 import tfbn
 from tfbn import _xla
+from tfbn._normalize import SMALL
 
 FUSED = {"FusedBatchNormV3": 1}
 FUSED_WITH_RETRY = {"FusedBatchNormV3": 2}  # The second one runs only where the mean dominates.
@@ -135,3 +138,49 @@ def test_the_kernel_runs_again_only_where_the_mean_dominates():
         reference /= tf.sqrt(tf.reduce_mean(reference**2, 0) + 1e-6)
         y = tf.cast(layer(shifted, training=True), tf.float64)
         assert float(tf.reduce_max(tf.abs(y - reference))) < 1e-5
+
+
+@pytest.fixture
+def _the_true_line(monkeypatch):
+    monkeypatch.setattr("tfbn._normalize.SMALL", SMALL)
+
+
+@pytest.mark.usefixtures("_the_true_line")
+@pytest.mark.parametrize(
+    ("shape", "dtype", "small"),
+    [
+        ((64, 32), "float32", True),
+        ((128, 512), "float32", True),
+        ((129, 512), "float32", False),
+        ((None, 512), "float32", True),
+        ((None, 513), "float32", False),
+        ((None, None, 3), "float32", False),
+        ((64, 32), "mixed_bfloat16", False),
+    ],
+)
+def test_small_tensors_in_a_graph_take_the_formula(shape, dtype, small):
+    expected = FORMULA if small else FUSED
+    assert trace(shape, False, dtype=dtype) == expected
+    assert trace(shape, True, dtype=dtype) == (FORMULA if small else FUSED_WITH_RETRY)
+
+
+@pytest.mark.usefixtures("_the_true_line")
+def test_small_tensors_come_out_as_in_keras():
+    x, dy = tf.random.normal((16, 5, 3), seed=1), tf.random.normal((16, 5, 3), seed=2)
+
+    def run(layer):
+        layer.build(x.shape)
+
+        @tf.function
+        def step():
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x, training=True)
+            sources = [x, layer.gamma.value, layer.beta.value]
+            return y, *tape.gradient(y, sources, output_gradients=dy), layer(x, training=False)
+
+        return [*step(), layer.moving_mean, layer.moving_variance]
+
+    ours, keras_s = run(tfbn.BatchNormalization()), run(keras.layers.BatchNormalization())
+    for a, b in zip(ours, keras_s, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
