@@ -4,6 +4,10 @@ from tfbn import _backend
 
 _backend.require_tensorflow()  # before the imports below have a chance to break
 
+from tfbn._convert import convert
+from tfbn._diagnose import diagnose
+from tfbn._export import export
+from tfbn._fold import fold
 from tfbn._freeze import freeze, unfreeze
 from tfbn._layer import BatchNormalization
 from tfbn._pause import pause_statistics
@@ -15,6 +19,10 @@ __all__ = [
     "BatchNormalization",
     "RecalibrateAfterTraining",
     "TrainingLoop",
+    "convert",
+    "diagnose",
+    "export",
+    "fold",
     "freeze",
     "pause_statistics",
     "recalibrate",

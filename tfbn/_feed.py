@@ -93,7 +93,7 @@ class Feed:
         batches = examples = 0
         for batch in self._begin(number):
             batches += 1
-            examples += _size(batch)
+            examples += self.size(batch)
             yield batch, self._source.spec or spec_of(batch)
             self._done += 1
             if self._bar is not None:
@@ -120,6 +120,12 @@ class Feed:
                 f"{self.batches} batches, then {examples} in {batches}."
             )
 
+    @staticmethod
+    def size(batch: Any) -> int:
+        """The number of examples in a batch."""
+        parts = [part for part in tf.nest.flatten(batch) if part is not None and part.shape.rank]
+        return int(tf.shape(parts[0])[0]) if parts else 1
+
     def _begin(self, number: int) -> Iterator[Any]:
         if number > 0:
             yield from self._source.start(number)
@@ -137,9 +143,3 @@ class _Called:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._function())
-
-
-def _size(batch: Any) -> int:
-    """The number of examples."""
-    parts = [part for part in tf.nest.flatten(batch) if part is not None and part.shape.rank]
-    return int(tf.shape(parts[0])[0]) if parts else 1

@@ -47,6 +47,7 @@ class Population:
     Attributes:
         sites: The calls, in their order.
         passes: How many passes over the data it takes.
+        forward: As given.
         strategy: Over whose replicas each batch is shared out.
     """
 
@@ -62,7 +63,7 @@ class Population:
     ):
         self._model = model
         self._layers = layers
-        self._forward = forward
+        self.forward = forward
         self._exact = upstream == "population"
         self._summaries = summaries
         self.strategy = strategy_of(model)
@@ -135,7 +136,7 @@ class Population:
                 return call
 
             with calls_replaced([(layer, recorded(layer)) for layer in self._layers]):
-                self._forward(self._model, batch)
+                self.forward(self._model, batch)
 
         with functions_inlined():
             tf.function(trace, autograph=False).get_concrete_function(spec)
@@ -211,7 +212,7 @@ class Population:
             return call
 
         with calls_replaced([(layer, replaced(layer)) for layer in self._layers]):
-            outputs = self._forward(self._model, batch)
+            outputs = self.forward(self._model, batch)
         if called != expected:
             raise ValueError(
                 "The model calls other batch normalization layers for this batch than for the first: "

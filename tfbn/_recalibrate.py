@@ -12,9 +12,8 @@ from tfbn import _tables
 from tfbn._feed import Feed
 from tfbn._freeze import statistics_are_frozen
 from tfbn._models import BatchNormLayer
-from tfbn._moments import Moments, merge
 from tfbn._population import Forward, name_of
-from tfbn._sites import Site
+from tfbn._sites import Site, pooled
 from tfbn._survey import survey
 
 
@@ -222,14 +221,6 @@ def _outcome(
         variance_ratio=float(np.exp(np.mean(logarithm))),
     )
     return change, values
-
-
-def pooled(sites: Sequence[Site], summary: int = 0) -> Moments:
-    """What a summary says of the inputs of several calls together."""
-    first, *others = (Moments(*map(tf.constant, site.found[summary])) for site in sites)
-    for other in others:
-        first = merge(first, other)
-    return Moments(*(value.numpy() for value in first))
 
 
 def _assign(assignments: Sequence[Assignment]) -> None:

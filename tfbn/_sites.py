@@ -132,6 +132,14 @@ def normalize_by_batch(
     return tf.cast(y, layer.compute_dtype), batch
 
 
+def pooled(sites: Sequence[Site], summary: int = 0) -> Moments:
+    """What a summary says of the inputs of several calls together."""
+    first, *others = (Moments(*map(tf.constant, site.found[summary])) for site in sites)
+    for other in others:
+        first = merge(first, other)
+    return Moments(*(value.numpy() for value in first))
+
+
 def values(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) -> Moments:
     """The moments of a batch, in float64: its values less a shift are summed in their own precision."""
     shift, relative = moments(x, axes, mask)

@@ -32,7 +32,7 @@ def survey(
     """
     if upstream not in UPSTREAM:
         raise ValueError(f"`upstream` must be one of {UPSTREAM}. Received: upstream={upstream!r}.")
-    forward = _infer if forward is None else forward
+    forward = run_model if forward is None else forward
     batch_norm_layers(model)  # Refuses what is no layer.
     if not model.built:
         tf.function(lambda batch: forward(model, batch), autograph=False).get_concrete_function(
@@ -69,14 +69,19 @@ def survey(
     return layers, population
 
 
-def _infer(model: keras.layers.Layer, batch: Any) -> Any:
-    """Runs the model on the inputs in a batch, in inference mode."""
-    x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
-    expected = len(getattr(model, "inputs", None) or [x])
+def run_model(model: keras.layers.Layer, batch: Any, training: bool = False) -> Any:
+    """Runs the model on the inputs in a batch."""
+    return model(unpacked(model, batch)[0], training=training)
+
+
+def unpacked(model: keras.layers.Layer, batch: Any) -> tuple[Any, Any, Any]:
+    """Inputs, labels and weights in a batch, or in its spec."""
+    inputs = len(getattr(model, "inputs", None) or [None])
+    several = isinstance(batch, tuple) and len(batch) == inputs > 1
     # Without labels, the inputs of a model with several may come as the batch itself.
-    if tf.is_tensor(x) and expected > 1 and len(batch) == expected:
-        x = batch
-    return model(x, training=False)
+    if several and not isinstance(batch[0], dict | list | tuple):
+        return batch, None, None
+    return keras.utils.unpack_x_y_sample_weight(batch)
 
 
 def _check_call_is_known(layer: BatchNormLayer) -> None:
