@@ -42,9 +42,9 @@ outputs = serve({arguments})  # a dict
 
 ## Signature `{name}`
 
-{_tables.markdown(["input", "shape", "type"], _rows(signature.inputs))}
+{_tables.markdown(["input", "shape", "type"], _rows(signature.inputs), left=3)}
 
-{_tables.markdown(["output", "shape", "type"], _rows(signature.outputs))}
+{_tables.markdown(["output", "shape", "type"], _rows(signature.outputs), left=3)}
 
 The first axis is the batch{_batch_size(signature)}.
 

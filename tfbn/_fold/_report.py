@@ -75,7 +75,7 @@ class FoldReport:
 
     def to_markdown(self) -> str:
         """A sentence and a table in Markdown."""
-        return f"{self.summary()}\n\n{_tables.markdown(_HEADER, self._cells())}\n"
+        return f"{self.summary()}\n\n{_tables.markdown(_HEADER, self._cells(), left=3)}\n"
 
     def summary(self) -> str:
         """One sentence."""
@@ -87,7 +87,7 @@ class FoldReport:
         )
 
     def __str__(self) -> str:
-        return _tables.text(self.summary(), _HEADER, self._cells())
+        return _tables.text(self.summary(), _HEADER, self._cells(), left=3)
 
     def _cells(self) -> list[list[str]]:
         return [[r.path, r.outcome.value, r.into or r.reason or ""] for r in self.rows]

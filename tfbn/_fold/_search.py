@@ -99,7 +99,7 @@ class _Search:
         if call is None:
             raise Stays("its input is an input of the model")
         if self._graph.is_output(tensor):
-            raise Stays(f"the model outputs what {call} makes, too")
+            raise Stays(f"the model outputs {call}, too")
         takers = self._graph.consumers(tensor)
         if len(takers) > 1:
             raise Stays(f"{call} feeds {len(takers)} layers")
@@ -162,7 +162,7 @@ def _rule(call: Call, affine: Affine) -> tuple[keras.layers.Layer, Linear | Pass
     layer = call.operation.layer if _is_timed(call) else call.operation
     rule = LINEAR.get(type(layer)) or PASSING.get(type(layer))
     if rule is None:
-        raise Stays(f"next to it is {call}")
+        raise Stays(f"{call} is no linear map")
     if _is_timed(call):
         if affine.scale.shape[1] > 1 or affine.shift.shape[1] > 1:
             raise Stays(f"it varies along the time of {call}")
