@@ -307,3 +307,22 @@ def test_variance_is_never_negative_and_right_far_from_zero(shape, axis, mode):
     over = tuple(a for a in range(x.ndim) if a != axis % x.ndim)
     expected = x.astype("float64").var(over)
     np.testing.assert_allclose(weights(layer)["moving_variance"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["graph", "xla"])
+@pytest.mark.parametrize("place", [0, 100_000, -1])
+def test_one_outlier_costs_the_other_values_no_digits(mode, place):
+    """Statistics are taken around a value of the channel: not around one that is far from all others."""
+    x = np.random.default_rng(0).normal(size=(200_000, 2)).astype("float32")
+    x[place] = 1e6
+    wide = x.astype("float64")
+    normalized = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-3)
+    for axis, values in ((-1, x), (1, x.T[np.newaxis].repeat(2, 0))):
+        layer = tfbn.BatchNormalization(axis=axis)
+        layer.build(values.shape)
+        run = tf.function(lambda x, layer=layer: layer(x, training=True), jit_compile=mode == "xla")
+        y = run(tf.constant(values)).numpy()
+        y = y if axis == -1 else y[0].T
+        others = np.delete(y, place, 0)
+        spread = np.delete(normalized, place, 0).std()
+        assert np.abs(others - np.delete(normalized, place, 0)).max() < 0.01 * spread

@@ -6,7 +6,7 @@ value near the mean, subtracted before anything is squared or summed, so that a 
 zero.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -69,7 +69,7 @@ def moments(
 ) -> tuple[tf.Tensor, Moments]:
     r"""Two-pass moments of ``x`` per channel, relative to a shift.
 
-    Around a shift :math:`c`, the first value of each channel (with a mask, the plain mean): first
+    Around a shift :math:`c`, the median of three values (with a mask, the plain mean): first
     :math:`\mu - c = \sum (x - c) / n`, then :math:`\sigma^2 = \sum (x - \mu)^2 / n`.
 
     Args:
@@ -91,7 +91,7 @@ def moments(
         return tf.math.divide_no_nan(tf.reduce_sum(values, reduced), n)
 
     if mask is None:
-        shift = _first(x, axes)
+        shift = _typical(x, axes)
     else:
         shift = average(_kept(x, mask))
     # A constant: moving the shift moves the offset the other way, so no gradient belongs to it.
@@ -134,10 +134,27 @@ def merge(a: Moments, b: Moments) -> Moments:
     return Moments(n, mean, variance)
 
 
-def _first(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
-    """One value of each channel; 0 where there is none."""
-    first = x[tuple(slice(None) if axis in axes else slice(0, 1) for axis in range(x.shape.rank))]
-    return tf.reduce_sum(first, reduced_axes(x.shape.rank, axes))
+def _typical(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    """The median of three values of each channel: one outlier among them does not matter.
+
+    0 where there is no value. Far from the others, a shift would cost the digits that it is to save.
+    """
+    reduced = reduced_axes(x.shape.rank, axes)
+
+    def at(place: Callable[[int | tf.Tensor], int | tf.Tensor]) -> tf.Tensor:
+        slices = [slice(None)] * x.shape.rank
+        for axis in reduced:
+            size = x.shape[axis]
+            start = place(tf.shape(x)[axis] if size is None else size)
+            slices[axis] = slice(start, start + 1)
+        return tf.reduce_sum(x[tuple(slices)], reduced)
+
+    a, b, c = at(lambda size: 0 * size), at(lambda size: size // 2), at(_last)
+    return tf.maximum(tf.minimum(a, b), tf.minimum(tf.maximum(a, b), c))
+
+
+def _last(size: int | tf.Tensor) -> int | tf.Tensor:
+    return tf.maximum(size - 1, 0) if tf.is_tensor(size) else max(size - 1, 0)
 
 
 def _heard(values: tf.Tensor, counted: tf.Tensor) -> tf.Tensor:
