@@ -71,8 +71,9 @@ def _converted(
         config = _stock_config(layer, config, to)
     try:
         return to.from_config(config)
-    except ValueError as error:
-        raise ValueError(f"The layer '{layer.name}' cannot be converted: {error}") from error
+    except (TypeError, ValueError) as error:  # Keras wraps what the constructor raises.
+        reason = str(error).split("Exception encountered: ")[-1]
+        raise ValueError(f"The layer '{layer.name}' cannot be converted: {reason}") from error
 
 
 def _stock_config(
