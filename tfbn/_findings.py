@@ -203,7 +203,7 @@ def _of_statistics(
         "mean_shift": _worst(off, "mean_shift"),
         "variance_ratio": math.exp(max((layer.log_variance_ratio for layer in off), key=abs)),
     }
-    gross = any(_is_off(layer, GROSS) for layer in off)
+    gross = _costs(model) or any(_is_off(layer, GROSS) for layer in off)
     severity = "error" if gross else "warning"
     weights = [layer.initial_weight[0] for layer in off]
     if all(_lags(layer) for layer in off) and max(weights) - min(weights) < 0.2:
@@ -253,18 +253,23 @@ def _of_statistics(
 
 
 def _of_loss(model: ModelEvidence) -> Iterator[Finding]:
-    if not model.modes:
-        return
-    losses = {mode: values["loss"] for mode, values in model.modes.items()}
-    if losses["inference"] > (1 + LOSS) * losses["recalibrated"] + 0.01:
+    if _costs(model):
         yield Finding(
             "warning",
             "loss_gap",
             (),
             "The loss in inference mode is above what it would be with the statistics of this data.",
-            losses,
+            {mode: values["loss"] for mode, values in model.modes.items()},
             RECALIBRATE,
         )
+
+
+def _costs(model: ModelEvidence) -> bool:
+    """Whether the loss suffers from the moving statistics."""
+    if not model.modes:
+        return False
+    now, cured = (model.modes[mode]["loss"] for mode in ("inference", "recalibrated"))
+    return now > (1 + LOSS) * cured + 0.01
 
 
 def _is_off(layer: LayerEvidence, times: float = 1.0) -> bool:

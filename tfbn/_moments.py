@@ -57,7 +57,8 @@ def count(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> t
         repeats = [1 if mask.shape[axis] != 1 else tf.shape(x)[axis] for axis in reduced]
         factor = tf.cast(tf.reduce_prod(tf.stack(repeats)), dtype)
         total = tf.reduce_sum(kept, reduced) * factor
-        return tf.broadcast_to(total, tf.gather(tf.shape(x), list(axes)))
+        counts = tf.broadcast_to(total, tf.gather(tf.shape(x), list(axes)))
+        return tf.ensure_shape(counts, [x.shape[axis] for axis in axes])
     sizes = [x.shape[axis] for axis in reduced]
     if None not in sizes:
         return tf.constant(float(_product(sizes)), dtype)
