@@ -203,7 +203,7 @@ def _outcome(
     mean, variance = np.where(seen, mean, old_mean), np.where(seen, variance, old_variance)
     stddev = np.sqrt(variance + layer.epsilon)
     values: list[Assignment] = [(layer.moving_mean, mean), (layer.moving_variance, variance)]
-    if layer.renorm:
+    if getattr(layer, "renorm", False):  # Keras's layer of 3.8 has no renorm
         values += [
             (layer.moving_stddev, stddev),
             (layer.renorm_mean, mean),
