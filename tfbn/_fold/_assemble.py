@@ -40,9 +40,7 @@ def assemble(graph: Graph, model: keras.Model) -> keras.Model:
             outputs = layers.of(call)(*args, **kwargs)
         made |= dict(zip(map(id, tensors(call.outputs)), tensors(outputs), strict=True))
     layers.finish()
-    folded = keras.Model(inputs, keras.tree.map_structure(now, graph.outputs), name=model.name)
-    folded.trainable = False
-    return folded
+    return keras.Model(inputs, keras.tree.map_structure(now, graph.outputs), name=model.name)
 
 
 class _Layers:
