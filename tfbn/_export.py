@@ -122,7 +122,8 @@ def _write(model: keras.Model, signature: Signature, folder: Path) -> None:
 
 def _difference(model: keras.Model, signature: Signature, folder: Path, inputs: Any) -> float:
     """Between the outputs of the SavedModel in the folder and of the model, relative to the largest."""
-    served = tf.saved_model.load(str(folder)).signatures[SIGNATURE]
+    loaded = tf.saved_model.load(str(folder))  # Its variables live as long as it does.
+    served = loaded.signatures[SIGNATURE]
     names = [spec.name for spec in signature.inputs]
     flat = [tf.convert_to_tensor(x) for x in keras.tree.flatten(inputs)]
     given = {

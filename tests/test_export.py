@@ -1,0 +1,287 @@
+"""What is exported serves without tfbn, answers as the model does, and is there whole or not at all."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfbn
+from tfbn import _export, _place
+
+
+def trained(norm=tfbn.BatchNormalization, **arguments):
+    """A model whose statistics are not those that it was born with."""
+    inputs = keras.Input((6, 6, 2), name="image")
+    x = keras.layers.Conv2D(4, 3, use_bias=False)(inputs)
+    x = norm(momentum=0.5, **arguments)(x)
+    x = keras.layers.ReLU()(x)
+    x = keras.layers.Flatten()(x)
+    x = norm(momentum=0.5)(x)
+    model = keras.Model(inputs, keras.layers.Dense(3, name="scores")(x), name="small")
+    for _ in range(3):
+        model(images(16) * 2 + 1, training=True)
+    return model
+
+
+def images(count):
+    return tf.random.stateless_normal((count, 6, 6, 2), seed=(count, 0))
+
+
+def serve(path):
+    return tf.saved_model.load(str(path)).signatures["serving_default"]
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("norm", [tfbn.BatchNormalization, keras.layers.BatchNormalization])
+def test_it_serves_what_the_model_predicts_for_any_batch_size(tmp_path, norm, fold):
+    model = trained(norm)
+    before = [w.numpy() for w in model.weights]
+    assert tfbn.export(model, tmp_path / "served", fold=fold) == tmp_path / "served"
+    for count in (1, 5):
+        served = serve(tmp_path / "served")(image=images(count))
+        expected = model(images(count), training=False)
+        np.testing.assert_allclose(served["scores"], expected, rtol=1e-4, atol=1e-4)
+    for weight, value in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(weight, value)
+
+
+def test_it_serves_in_a_process_with_tensorflow_alone(tmp_path):
+    model = trained()
+    tfbn.export(model, tmp_path / "served", fold=False)
+    np.save(tmp_path / "x.npy", images(4))
+    script = """
+        import sys
+        for name in ("tfbn", "keras", "tf_keras"):
+            sys.modules[name] = None
+        import numpy as np
+        import tensorflow as tf
+        served = tf.saved_model.load("served").signatures["serving_default"]
+        np.save("y.npy", served(image=tf.constant(np.load("x.npy")))["scores"])
+    """
+    command = [sys.executable, "-P", "-c", textwrap.dedent(script)]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120, capture_output=True)
+    expected = model(images(4), training=False)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_card_says_what_is_there(tmp_path):
+    tfbn.export(trained(), tmp_path / "served")
+    card = (tmp_path / "served" / "MODEL_CARD.md").read_text()
+    for part in ("# small", "`image`", "any × 6 × 6 × 2", "`scores`", "any × 3", tf.__version__):
+        assert part in card
+    assert "batch_normalization" in card
+
+
+def test_inputs_and_outputs_keep_their_names_and_keys(tmp_path):
+    a, b = keras.Input((3,), name="a"), keras.Input((2,), name="b", dtype="int32")
+    joined = keras.layers.Concatenate()([a, keras.layers.Embedding(4, 1)(b)[..., 0]])
+    y = tfbn.BatchNormalization()(keras.layers.Dense(4)(joined))
+    model = keras.Model({"a": a, "b": b}, {"out": y, "raw": joined})
+    tfbn.export(model, tmp_path / "served")
+    given = {"a": tf.ones((2, 3)), "b": tf.ones((2, 2), tf.int32)}
+    served, expected = serve(tmp_path / "served")(**given), model(given)
+    assert set(served) == {"out", "raw"}
+    for name, value in expected.items():
+        np.testing.assert_allclose(served[name], value, rtol=1e-5, atol=1e-5)
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(4)
+        self.norm = tfbn.BatchNormalization()
+
+    def call(self, x, training=False):
+        return self.norm(self.dense(x), training=training)
+
+
+def test_a_subclassed_model_is_exported_as_it_is(tmp_path):
+    model = Subclassed()
+    model(tf.random.normal((8, 3)), training=True)
+    tfbn.export(model, tmp_path / "served", fold=False)
+    x = tf.random.normal((2, 3), seed=3)
+    served = serve(tmp_path / "served")
+    (name,) = served.structured_input_signature[1]
+    (output,) = served(**{name: x}).values()
+    np.testing.assert_allclose(output, model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_large_models_keep_their_weights_in_variables(tmp_path, monkeypatch):
+    monkeypatch.setattr(_export, "LARGEST_CONSTANTS", 0)
+    model = trained()
+    tfbn.export(model, tmp_path / "served", fold=False)
+    loaded = tf.saved_model.load(str(tmp_path / "served"))
+    serving = loaded.signatures["serving_default"]
+    assert len(serving.graph.variables) == len(model.weights)
+    served = serving(image=images(2))["scores"]
+    np.testing.assert_allclose(served, model(images(2)), rtol=1e-5, atol=1e-5)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: "model.keras", TypeError, r"Only a Keras model.*Received: model='model.keras'"),
+        (Subclassed, ValueError, r"call the model on an example first.*Received: model"),
+    ],
+)
+def test_what_cannot_be_exported(tmp_path, make, error, text):
+    with pytest.raises(error, match=text):
+        tfbn.export(make(), tmp_path / "served", fold=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_old_export_stays_unless_it_may_be_replaced(tmp_path):
+    old, new = trained(), trained()
+    path = tfbn.export(old, tmp_path / "served")
+    with pytest.raises(FileExistsError, match=r"overwrite=False.*pass overwrite=True"):
+        tfbn.export(new, path)
+    expect(path, old)
+    tfbn.export(new, path, overwrite=True)
+    expect(path, new)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_something_else_is_never_replaced(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"Something else than a SavedModel.*stays"):
+        tfbn.export(trained(), tmp_path / "notes", overwrite=True)
+    assert (tmp_path / "notes" / "a.txt").read_text() == "mine"
+
+
+# Faults: the old SavedModel is whole, and no half-written one is there
+
+
+def expect(path, model):
+    served = serve(path)(image=images(2))["scores"]
+    np.testing.assert_allclose(served, model(images(2)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def exported(tmp_path):
+    model = trained()
+    return tfbn.export(model, tmp_path / "served"), model
+
+
+def test_a_full_disk(exported, monkeypatch):
+    path, old = exported
+
+    def full(_, folder, *args, **kwargs):
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, "saved_model.pb").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tf.saved_model, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        tfbn.export(trained(), path, overwrite=True)
+    expect(path, old)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_outputs_that_differ(exported, monkeypatch):
+    path, old = exported
+    monkeypatch.setattr(_export, "_difference", lambda *_: 0.5)
+    with pytest.raises(_export.ExportError, match=r"difference of 0.5.*tolerance=0.0001"):
+        tfbn.export(trained(), path, overwrite=True)
+    expect(path, old)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_outputs_that_are_not_finite(exported):
+    path, old = exported
+    broken = trained()
+    broken.layers[-1].bias.assign([np.nan, 0, 0])
+    with pytest.raises(ValueError, match="not finite"):
+        tfbn.export(broken, path, overwrite=True, fold=False)
+    expect(path, old)
+
+
+def test_a_rename_that_fails_puts_the_old_one_back(exported, monkeypatch):
+    path, old = exported
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.name == "new":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        tfbn.export(trained(), path, overwrite=True)
+    monkeypatch.undo()
+    expect(path, old)
+
+
+KILLED = """
+    import sys, time
+    from pathlib import Path
+    from tfbn import _place
+    with _place.placed(Path(sys.argv[1]), True, lambda _: True) as folder:
+        (folder / "half").write_text("half")
+        rename = Path.rename
+        if sys.argv[2] == "renaming":
+            def stuck(self, target):
+                if self.name == "new":
+                    print("now", flush=True)
+                    time.sleep(100)
+                return rename(self, target)
+            Path.rename = stuck
+        else:
+            print("now", flush=True)
+            time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("when", ["writing", "renaming"])
+def test_a_killed_process(exported, when):
+    """Its leavings are hidden, and go with the next export, which puts back what was moved away."""
+    path, old = exported
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(path), when]
+    root = str(Path(__file__).parent.parent)
+    environment = os.environ | {"PYTHONPATH": root}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout.readline() == b"now\n"
+        process.send_signal(signal.SIGKILL)
+    if when == "writing":
+        expect(path, old)
+    visible = [p for p in path.parent.iterdir() if not p.name.startswith(".")]
+    assert visible == ([path] if when == "writing" else [])
+    with pytest.raises(FileExistsError):
+        tfbn.export(trained(), path)
+    expect(path, old)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_one_that_is_being_written_is_left_alone(tmp_path):
+    with _place.placed(tmp_path / "x", False, lambda _: False) as first:
+        (first / "a").write_text("first")
+        with _place.placed(tmp_path / "y", False, lambda _: False) as other:
+            (other / "b").write_text("other")
+        with _place.placed(tmp_path / "x", False, lambda _: False) as second:
+            (second / "a").write_text("second")
+        assert (first / "a").read_text() == "first"
+        (tmp_path / "x" / "a").unlink()
+    assert (tmp_path / "x" / "a").read_text() == "first"
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_tensorflow_lite_takes_it(tmp_path, folded):
+    model = trained()
+    path = tfbn.export(model, tmp_path / "served", fold=folded)
+    lite = tf.lite.TFLiteConverter.from_saved_model(str(path)).convert()
+    with pytest.warns(UserWarning, match="tf.lite.Interpreter is deprecated"):
+        interpreter = tf.lite.Interpreter(model_content=lite)
+    run = interpreter.get_signature_runner("serving_default")
+    served = run(image=images(1).numpy())["scores"]
+    np.testing.assert_allclose(served, model(images(1)), rtol=1e-4, atol=1e-4)
