@@ -223,7 +223,9 @@ def test_nested_models_are_laid_out_flat_and_fold_across_their_borders():
         [image(), layers.Conv2D(4, 1, name="conv"), Norm(), layers.ReLU(), Norm()], name="inner"
     )
     x = image()
-    outer = keras.Model(x, layers.Dense(2, name="dense")(inner(layers.Conv2D(4, 1, name="between")(inner(x)))))
+    outer = keras.Model(
+        x, layers.Dense(2, name="dense")(inner(layers.Conv2D(4, 1, name="between")(inner(x))))
+    )
     model = folded(outer)
     assert into(model) == ["conv", "between", "conv", "dense"]
     assert all(not isinstance(layer, keras.Model) for layer in model.layers)
