@@ -8,7 +8,7 @@ from typing import Any
 
 from tfbn import _tables
 from tfbn._evidence import LayerEvidence
-from tfbn._findings import Finding, as_dict
+from tfbn._findings import RATIO, SHIFT, Finding, as_dict
 
 LAYER_HEADER = (
     "layer",
@@ -113,6 +113,10 @@ class Diagnosis:
         variance.set_xlabel("moving variance: log₂ of its ratio to the true one")
         mean.set_yticks(positions, [layer.layer for layer in layers])
         mean.invert_yaxis()
+        # On a scale on which what is healthy looks so.
+        mean.set_xlim(0, max(2 * SHIFT, mean.get_xlim()[1]))
+        reach = max(2 * RATIO / math.log(2), *map(abs, variance.get_xlim()))
+        variance.set_xlim(-reach, reach)
         for axes in (mean, variance):
             axes.grid(axis="x", alpha=0.3)
             axes.set_axisbelow(True)

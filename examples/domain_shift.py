@@ -1,0 +1,171 @@
+"""A classifier of black cats meets coloured cats: what batch normalization can mend, and what not.
+
+    python -m examples.domain_shift
+
+A small network learns white digits on black. The same digits come in other colours, and it fails: the
+inputs of every layer have moved away from the moving statistics. `tfbn.recalibrate` gives it those of
+the new images, of which it sees no label; no weight changes.
+
+It mends what a shift and a scale for each channel can mend: less contrast, other colours. Where ink and
+paper change places every edge changes its sign, and that it cannot.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+SHOWN = 6  # images of each domain in the picture
+
+
+class Outcome(NamedTuple):
+    """What became of the network in one domain; accuracies from 0 to 1."""
+
+    domain: str
+    before: float
+    after: float
+    mean_shift: float
+    """How far the first layer's mean moved, in standard deviations."""
+
+
+def white_on_black(digits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The digits as the network learns them, (number, 8, 8, 1) → (number, 8, 8, 3)."""
+    return np.repeat(digits, 3, axis=-1)
+
+
+def black_on_white(digits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Inverted."""
+    return 1 - white_on_black(digits, rng)
+
+
+def faded(digits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Grey on lighter grey: a fifth of the contrast."""
+    return 0.4 + 0.2 * white_on_black(digits, rng)
+
+
+def blue_on_yellow(digits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One colour of ink on one colour of paper."""
+    ink, paper = np.array([0.1, 0.2, 0.7]), np.array([0.95, 0.85, 0.3])
+    return paper + (ink - paper) * digits
+
+
+def coloured(digits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Bright ink on dark paper, each image in colours of its own."""
+    size = (len(digits), 1, 1, 3)
+    ink, paper = rng.uniform(0.5, 1.0, size), rng.uniform(0.0, 0.4, size)
+    return paper + (ink - paper) * digits
+
+
+DOMAINS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
+    "white on black": white_on_black,
+    "faded": faded,
+    "coloured": coloured,
+    "blue on yellow": blue_on_yellow,
+    "black on white": black_on_white,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command; what a user can mend ends it with a message and without a traceback."""
+    parser = argparse.ArgumentParser(prog="domain_shift", description=__doc__.split("\n")[0])
+    parser.add_argument("--epochs", type=int, default=10, help="default: 10")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "saved_models" / "domain_shift.png",
+        metavar="FILE",
+        help="the picture (default: saved_models/domain_shift.png)",
+    )
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        outcomes, images = run(options.epochs, options.seed)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        plot(outcomes, images, options.output)
+    except (ImportError, ConnectionError) as error:
+        sys.exit(f"error: {error}")
+    print(table(outcomes))
+    print(f"\nPicture: {options.output}")
+
+
+def run(epochs: int, seed: int) -> tuple[list[Outcome], dict[str, np.ndarray]]:
+    """Trains on white digits on black, and takes the network to the other domains.
+
+    Returns:
+        What became of it in each, and a few test images of each.
+    """
+    import keras
+
+    import tfbn
+    from examples import datasets, models
+
+    data = datasets.load("digits")
+    (digits, labels), (test_digits, test_labels) = (
+        next(iter(part.batch(len(part)).as_numpy_iterator())) for part in (data.train, data.test)
+    )
+    keras.utils.set_random_seed(seed)
+    model = models.cnn((8, 8, 3), data.classes, models.Hidden())
+    model.compile(
+        keras.optimizers.Adam(0.003),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    rng = np.random.default_rng(seed)
+    model.fit(white_on_black(digits, rng), labels, batch_size=64, epochs=epochs, verbose=0)
+    trained = model.get_weights()
+
+    outcomes, shown = [], {}
+    for name, paint in DOMAINS.items():
+        images, test_images = (paint(d, rng).astype("float32") for d in (digits, test_digits))
+        model.set_weights(trained)
+        before = model.evaluate(test_images, test_labels, verbose=0)[1]
+        result = tfbn.recalibrate(model, images, batch_size=256)  # no labels
+        after = model.evaluate(test_images, test_labels, verbose=0)[1]
+        outcomes.append(Outcome(name, before, after, result.layers[0].mean_shift))
+        shown[name] = test_images[:: len(test_images) // SHOWN][:SHOWN]
+    return outcomes, shown
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """The outcomes as lines of text."""
+    lines = [f"{'test digits':<16}{'accuracy':>10}{'recalibrated':>15}{'first mean moved by':>22}"]
+    for domain, before, after, shift in outcomes:
+        lines.append(f"{domain:<16}{before:>10.1%}{after:>15.1%}{shift:>20.2f} σ")
+    return "\n".join(lines)
+
+
+def plot(outcomes: Sequence[Outcome], images: dict[str, np.ndarray], path: Path) -> None:
+    """Draws a row for each domain: some of its images, and the accuracies before and after."""
+    from examples.extras import from_extra
+
+    with from_extra("plots"):
+        from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.1 * len(outcomes) + 0.8), dpi=120, layout="constrained")
+    figure.suptitle("Trained on white digits on black; recalibrated on new images without labels")
+    grid = figure.add_gridspec(len(outcomes), 2, width_ratios=[1.2, 1])
+    for row, outcome in enumerate(outcomes):
+        strip = figure.add_subplot(grid[row, 0])
+        strip.imshow(np.concatenate(list(images[outcome.domain]), axis=1).clip(0, 1))
+        strip.set_xticks([])
+        strip.set_yticks([])
+        strip.set_ylabel(outcome.domain, rotation=0, ha="right", va="center")
+        bars = figure.add_subplot(grid[row, 1])
+        values = [100 * outcome.before, 100 * outcome.after]
+        drawn = bars.barh(["before", "after"], values, color=["#D55E00", "#0072B2"])
+        bars.bar_label(drawn, fmt="%.0f %%", padding=3)
+        bars.set_xlim(0, 118)
+        bars.set_xticks([])
+        bars.invert_yaxis()
+        bars.spines[["top", "right", "bottom"]].set_visible(False)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
