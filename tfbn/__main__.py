@@ -1,0 +1,8 @@
+"""The command line: `python -m tfbn`."""
+
+import sys
+
+from tfbn._command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
