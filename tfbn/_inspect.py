@@ -12,12 +12,26 @@ from tfbn import _tables
 from tfbn._freeze import statistics_are_frozen
 from tfbn._models import BatchNormLayer, batch_norm_layers
 
-HEADER = ("layer", "class", "state", "channels", "axis", "momentum", "ε", "mean", "variance", "γ")
+HEADER = ("layer", "of", "state", "channels", "moving mean", "moving variance", "γ")
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer: how it is set up, and between what values its weights lie."""
+    """One layer: how it is set up, and between what values its weights lie.
+
+    Attributes:
+        layer: Its path.
+        kind: The package and the class.
+        state: "initial" while no batch has moved its statistics, "updated", "not finite" or "not built";
+            and whether they are frozen.
+        channels: How many means it has.
+        axis: Of the channels.
+        momentum: None for the cumulative average.
+        epsilon: What is added to the variance.
+        mean: The least and the largest moving mean.
+        variance: The least and the largest moving variance.
+        gamma: The least and the largest γ; None without one.
+    """
 
     layer: str
     kind: str
@@ -48,10 +62,9 @@ class LayerSummary:
         )
 
     def cells(self) -> list[str]:
-        momentum = "average" if self.momentum is None else f"{self.momentum:g}"
         ranges = [_shown(values) for values in (self.mean, self.variance, self.gamma)]
-        settings = [str(self.channels), str(self.axis), momentum, f"{self.epsilon:g}"]
-        return [self.layer, self.kind, self.state, *settings, *ranges]
+        package = self.kind.split(".")[0]
+        return [self.layer, package, self.state, str(self.channels), *ranges]
 
 
 @dataclass(frozen=True)
@@ -101,4 +114,4 @@ def _range(weight: Any) -> tuple[float, float] | None:
 
 
 def _shown(values: tuple[float, float] | None) -> str:
-    return "" if values is None else f"{values[0]:.3g} … {values[1]:.3g}"
+    return "" if values is None else f"{values[0]:.2g} … {values[1]:.2g}"
