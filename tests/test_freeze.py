@@ -119,9 +119,9 @@ def test_it_takes_effect_without_compiling_again(norm):
         assert moved(weights[1], weights[2], layer) == {"statistics", "affine"}
 
 
-def test_it_takes_effect_between_the_epochs_of_one_fit():
+@pytest.mark.parametrize("loop", ["fit", "TrainingLoop"])
+def test_it_takes_effect_between_the_epochs_of_one_fit(loop):
     model = network()
-    model.compile("sgd", "mse")
     after = []
 
     class FreezeAfterTheFirst(keras.callbacks.Callback):
@@ -130,7 +130,12 @@ def test_it_takes_effect_between_the_epochs_of_one_fit():
             if epoch == 0:
                 tfbn.freeze(model)
 
-    model.fit(X, Y, epochs=2, verbose=0, callbacks=[FreezeAfterTheFirst()])
+    if loop == "fit":
+        model.compile("sgd", "mse")
+        model.fit(X, Y, epochs=2, verbose=0, callbacks=[FreezeAfterTheFirst()])
+    else:
+        trainer = tfbn.TrainingLoop(model, "sgd", "mse")
+        trainer.fit((X, Y), epochs=2, verbose=0, callbacks=[FreezeAfterTheFirst()])
     assert moved(after[0], after[1], "first") == set()
 
 

@@ -88,6 +88,10 @@ def test_several_inputs(batch, wrap):
     np.testing.assert_allclose(second.moving_mean, -X.mean(0), rtol=1e-5)
 
 
+def test_several_inputs_in_a_list_as_fit_takes_them():
+    assert tfbn.recalibrate(two_inputs(), ([X, -X], Y)).passes == 2
+
+
 def test_a_model_with_a_call_of_its_own():
     class Encoder(keras.Model):
         def __init__(self):

@@ -17,18 +17,16 @@ def text(title: str, header: Row, rows: Sequence[Row], left: int = 1) -> str:
         import rich.table
     except ImportError:
         return _plain(title, header, rows, left)
-    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     for number, name in enumerate(header):
-        words = number < left
-        table.add_column(
-            name, justify="left" if words else "right", no_wrap=not words, overflow="fold"
-        )
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    width = max(100, rich.console.Console().width)
     page = io.StringIO()
-    rich.console.Console(file=page, width=width, markup=False, highlight=False).print(table)
-    return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+    # As wide as the table needs: a name that is cut, or broken in two, is of no use.
+    rich.console.Console(file=page, width=10_000, markup=False, highlight=False).print(table)
+    lines = [line.rstrip() for line in page.getvalue().splitlines()]
+    return "\n".join([title, *lines]).rstrip()
 
 
 def markdown(header: Row, rows: Sequence[Row], left: int = 1) -> str:

@@ -40,8 +40,7 @@ def as_source(name: str, data: Any, batch_size: int, shuffle: bool, seed: int) -
     if not isinstance(data, tf.data.Dataset | keras.utils.PyDataset):
         if isinstance(data, dict | list | tuple) or hasattr(data, "shape"):
             _check_arrays(name, data)
-            arrays = tuple(data) if isinstance(data, list) else data
-            return ArraySource(arrays, batch_size, shuffle, seed)
+            return ArraySource(_without_lists(data), batch_size, shuffle, seed)
         if not isinstance(data, Iterable) or isinstance(
             data, str | bytes | tf.distribute.DistributedDataset
         ):
@@ -188,6 +187,13 @@ def spec_of(batch: Any) -> Any:
 def as_tensors(batch: Any) -> Any:
     """A batch of arrays as Keras feeds it: a list is a tuple, and double precision is Keras's float."""
     return tf.nest.map_structure(_tensor, tuple(batch) if isinstance(batch, list) else batch)
+
+
+def _without_lists(part: Any) -> Any:
+    """Tuples in place of lists, which tf.data takes for the rows of one tensor."""
+    if isinstance(part, dict):
+        return {name: _without_lists(value) for name, value in part.items()}
+    return tuple(map(_without_lists, part)) if isinstance(part, list | tuple) else part
 
 
 def _tensor(part: Any) -> Any:

@@ -222,6 +222,7 @@ class TrainingLoop:
             if began_at == 0:
                 self.model.reset_metrics()
             hooks.on_epoch_begin(progress.epoch)
+            self._steps.prepare(train.spec, class_weight)  # A callback may have frozen something.
             self._train_epoch(train, hooks, progress, backup)
             ran_out = not self.model.stop_training and progress.batches < (train.steps or 1)
             if ran_out:
