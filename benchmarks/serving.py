@@ -1,0 +1,186 @@
+r"""Measures how fast folded models are served, against the stock model and one without batch normalization.
+
+    python -m benchmarks.serving                     # three models: some minutes
+    python -m benchmarks.serving MobileNetV2 --turns 60
+
+Five SavedModels of each network, in the same process and in turns: `stock`, as `model.export` of Keras writes
+it; `folded`, what `tfbn.fold` returns, written in the same way; `bare`, the network built without batch
+normalization (with the biases that its convolutions then need), in the same way; `tfbn`, by `tfbn.export`; and
+`bare tfbn`, the network without batch normalization by `tfbn.export`. Exporting and measuring are
+processes apart, the second one without tfbn and Keras.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+NETWORKS = {"MobileNetV2": (8, 1.4), "EfficientNetB0": (8, 1.2), "ResNet50": (4, 1.15)}
+"""The batch size, and how many times as fast as the stock model the folded one has to be."""
+SIZE = 128
+MOST_BEHIND = 1.03
+"""How many times as long as the network without batch normalization a folded one may take."""
+KINDS = ["stock", "folded", "bare", "tfbn", "bare tfbn"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serving",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help="any of keras.applications")
+    parser.add_argument("--turns", type=int, default=60, help="how often each has its turn")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--models", type=Path, help="keep the SavedModels here, or take them from here"
+    )
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/serving.json"))
+    parser.add_argument("--export-only", action="store_true", help="do not measure yet")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        models = options.models or Path(folder)
+        results = []
+        for name in options.networks or list(NETWORKS):
+            if not (models / name).exists():
+                export(name, models / name)
+            if not options.export_only:
+                results.append(measured(name, models / name, options.turns, options.threads))
+                print(line(results[-1]), flush=True)
+    if results:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+def export(name: str, folder: Path) -> None:
+    """Writes all kinds of SavedModels of a network of random weights and statistics."""
+    import keras
+    import numpy as np
+
+    import tfbn
+
+    stock = getattr(keras.applications, name)(weights=None, input_shape=(SIZE, SIZE, 3))
+    rng = np.random.default_rng(0)
+    for weight in stock.weights:
+        if weight.name in ("gamma", "moving_variance"):
+            weight.assign(rng.uniform(0.5, 1.5, weight.shape))
+        elif weight.name in ("beta", "moving_mean"):
+            weight.assign(rng.normal(0, 0.1, weight.shape))
+    bare = without_batch_normalization(stock)
+    for kind, model in {"stock": stock, "folded": tfbn.fold(stock), "bare": bare}.items():
+        model.export(folder / kind, verbose=False)
+    tfbn.export(stock, folder / "tfbn")
+    tfbn.export(bare, folder / "bare tfbn")
+
+
+def without_batch_normalization(model: Any) -> Any:
+    """The network as somebody builds it who does without: with biases instead."""
+    import keras
+
+    def copy(layer: Any) -> Any:
+        config = layer.get_config()
+        if "use_bias" in config:
+            config["use_bias"] = True
+        return type(layer).from_config(config)
+
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        skipped = isinstance(layer, keras.layers.BatchNormalization)
+        return args[0] if skipped else layer(*args, **kwargs)
+
+    return keras.models.clone_model(model, clone_function=copy, call_function=call)
+
+
+def measured(name: str, folder: Path, turns: int, threads: int) -> dict[str, Any]:
+    """What a process without tfbn and Keras needs to serve them."""
+    batch = NETWORKS.get(name, (8, 1.0))[0]
+    command = [
+        sys.executable,
+        __file__,
+        "--serve",
+        str(folder),
+        str(batch),
+        str(turns),
+        str(threads),
+    ]
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    times = json.loads(done.stdout)
+    medians = {kind: times[kind]["median"] for kind in KINDS}
+    return {
+        "network": name,
+        "batch": batch,
+        "size": SIZE,
+        "threads": threads,
+        "milliseconds": times,
+        "stock / folded": medians["stock"] / medians["folded"],
+        "stock / tfbn": medians["stock"] / medians["tfbn"],
+        "folded / bare": times["folded / bare"],
+        "tfbn / bare tfbn": times["tfbn / bare tfbn"],
+    }
+
+
+def line(result: dict[str, Any]) -> str:
+    name = result["network"]
+    bar = NETWORKS.get(name, (8, 1.0))[1]
+    times = ", ".join(f"{k} {result['milliseconds'][k]['median']:.2f}" for k in KINDS)
+    return (
+        f"{name}, {result['batch']} images, ms: {times}\n"
+        f"  folded {result['stock / folded']:.2f} times as fast as stock (at least {bar}); "
+        f"by tfbn.export {result['stock / tfbn']:.2f} times\n"
+        f"  of the time without batch normalization: {result['folded / bare']:.3f}, by tfbn.export "
+        f"{result['tfbn / bare tfbn']:.3f} (at most {MOST_BEHIND})"
+    )
+
+
+def serve(folder: Path, batch: int, turns: int, threads: int) -> None:
+    """Runs them in turns and prints the times as JSON."""
+    import time
+
+    for absent in ("tfbn", "keras"):
+        sys.modules[absent] = None  # type: ignore[assignment]
+    import numpy as np
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    images = tf.random.normal((batch, SIZE, SIZE, 3), seed=0)
+    loaded = {kind: tf.saved_model.load(str(folder / kind)) for kind in KINDS}
+    functions = {}
+    for kind, model in loaded.items():
+        function = model.signatures["serving_default"]
+        (name,) = function.structured_input_signature[1]
+        functions[kind] = (function, name)
+        for _ in range(5):
+            function(**{name: images})
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for turn in range(turns):
+        for kind in np.roll(KINDS, -turn):
+            function, name = functions[kind]
+            for again in range(3):
+                start = time.perf_counter()
+                (outputs,) = function(**{name: images}).values()
+                outputs.numpy()
+                if again:  # The first one of a turn fills the caches.
+                    times[kind].append(1e3 * (time.perf_counter() - start))
+    result: dict[str, Any] = {
+        kind: dict(zip(("q1", "median", "q3"), np.percentile(values, [25, 50, 75]), strict=True))
+        for kind, values in times.items()
+    }
+    for kind in ("folded", "tfbn"):
+        bare = "bare" if kind == "folded" else "bare tfbn"
+        # Turn by turn: what else the machine does meets both.
+        result[f"{kind} / {bare}"] = float(np.median(np.divide(times[kind], times[bare])))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    if "--serve" in sys.argv:
+        where, *numbers = sys.argv[2:]
+        serve(Path(where), *map(int, numbers))
+    else:
+        sys.exit(main())
