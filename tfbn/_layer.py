@@ -51,8 +51,8 @@ class BatchNormalization(keras.layers.Layer):
             limits of the corrections.
         renorm_momentum: With ``renorm``: momentum of the statistics that the corrections pull
             towards.
-        synchronized: Whether replicas of a ``tf.distribute`` strategy share the statistics of the
-            global batch.
+        synchronized: Accepted and kept in the config, as Keras's argument; as yet it does nothing:
+            each replica of a ``tf.distribute`` strategy normalizes by its own share of the batch.
         virtual_batch_size: Number of examples that are normalized together (ghost batch
             normalization): the batch is cut into groups of this size, each with its own statistics,
             of which the moving statistics take the average. The batch size must be a multiple of
