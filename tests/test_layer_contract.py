@@ -385,7 +385,9 @@ def test_build_config_builds_an_equal_layer():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"renorm": True}, {"momentum": None}, {"axis": [-1]}, CONFIGURED], ids=str
+    "arguments",
+    [{}, {"renorm": True}, {"momentum": None}, {"axis": [-1]}, CONFIGURED],
+    ids=["default", "renorm", "cumulative", "list", "all"],
 )
 def test_keras_file_keeps_weights_and_outputs(arguments, tmp_path):
     inputs = keras.Input((4, 4, 3))

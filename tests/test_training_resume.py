@@ -19,6 +19,11 @@ ROOT = Path(__file__).parents[1]
 EPOCHS, STEPS = 4, 5
 
 
+@pytest.fixture(autouse=True)
+def no_tensor_is_small() -> None:
+    """Not here: the runs that are killed are other processes, and have to take the same kernels."""
+
+
 class At(keras.callbacks.Callback):
     """Does something after a batch (or, with batch None, at the end) of an epoch."""
 
