@@ -32,7 +32,7 @@ def signature_of(model: keras.Model) -> Signature:
         ValueError: if the model is not built, or has been called with several arguments.
     """
     if isinstance(model, keras.Sequential) and model.built:
-        model = keras.Model(model.inputs, model.outputs, name=model.name)
+        model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
     if is_functional(model):
         given, made = model.input, model.output
         names = [input_layer(model, tensor).name for tensor in keras.tree.flatten(given)]

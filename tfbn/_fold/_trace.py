@@ -66,7 +66,7 @@ class _Tracer:
                 f"Input. Received: model '{model.name}' of class {type(model).__name__}."
             )
         if isinstance(model, keras.Sequential):
-            return keras.Model(model.inputs, model.outputs, name=model.name)
+            return keras.Model(model.inputs[0], model.outputs[0], name=model.name)
         shapes = (model.get_build_config() or {}).get("input_shape")
         try:
             return self._followed(model, [keras.tree.map_shape_structure(_input_of_shape, shapes)])
