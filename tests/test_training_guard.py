@@ -4,8 +4,8 @@ import keras
 import numpy as np
 import pytest
 
+from tfbn import StatisticsNotUpdatedError, TrainingLoop
 from tfbn._layer import BatchNormalization
-from tfbn._training import StatisticsNotUpdatedError, TrainingLoop
 from tfbn._training._guard import learns_statistics
 
 KINDS = [keras.layers.BatchNormalization, BatchNormalization]

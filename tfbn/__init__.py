@@ -13,11 +13,12 @@ from tfbn._layer import BatchNormalization
 from tfbn._pause import pause_statistics
 from tfbn._recalibrate import recalibrate
 from tfbn._recalibrate_callback import RecalibrateAfterTraining
-from tfbn._training import TrainingLoop
+from tfbn._training import StatisticsNotUpdatedError, TrainingLoop
 
 __all__ = [
     "BatchNormalization",
     "RecalibrateAfterTraining",
+    "StatisticsNotUpdatedError",
     "TrainingLoop",
     "convert",
     "diagnose",

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbn._training._data import ArraySource, as_source, spec_of
+from tfbn._data import ArraySource, as_source, spec_of
 
 
 class Feed:

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from tfbn._training._data import ArraySource
+from tfbn._data import ArraySource
 from tfbn._training._stream import Stream
 
 

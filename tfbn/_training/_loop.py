@@ -8,10 +8,10 @@ from typing import Any, TypeAlias
 import keras
 import tensorflow as tf
 
+from tfbn._data import as_source
 from tfbn._training._backup import Backup, Progress
 from tfbn._training._callbacks import any_overrides, restored_epoch, split_backup
 from tfbn._training._checks import check_accumulation, check_batch_size, check_count
-from tfbn._training._data import as_source
 from tfbn._training._guard import StatisticsWatch
 from tfbn._training._step import Steps
 from tfbn._training._stream import Stream

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from tfbn._training._data import Source, spec_of
+from tfbn._data import Source, spec_of
 
 Position = tuple[int, int]
 

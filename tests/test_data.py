@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfbn._data import as_source
 from tfbn._training import TrainingLoop
-from tfbn._training._data import as_source
 from tfbn._training._stream import Stream
 
 N, BATCH = 10, 4
