@@ -1,0 +1,83 @@
+"""Moments over the replicas of a ``tf.distribute`` strategy, so that each of them goes on from the same bits.
+
+Everything is one all-reduce of one vector. That is the only collective that TensorFlow offers with
+every strategy, eagerly, in graphs and under XLA on GPUs; its ``all_gather`` costs two between workers (the
+shapes go first) and does not work under XLA. With one replica, or outside of ``strategy.run``, nothing is
+exchanged and nothing changes.
+"""
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from tfbn._moments import Moments
+
+
+def number() -> int:
+    """How many replicas run the current code together: 1 where it does not run in ``strategy.run``."""
+    context = tf.distribute.get_replica_context()
+    return 1 if context is None else context.num_replicas_in_sync
+
+
+def pooled(batches: Sequence[Moments]) -> list[Moments]:
+    r"""What the moving statistics of each layer follow: the averages over replicas, in one all-reduce.
+
+    .. math:: n = \sum_r n_r, \quad \mu = \frac1n \sum_r n_r \mu_r, \quad
+              \sigma^2 = \frac1n \sum_r n_r \sigma_r^2
+
+    The variance is the one *within* replicas, since that is what each of them normalizes by; the
+    spread of their means is no part of it. A replica without values is not heard, whatever its mean
+    is; one that is not finite makes the result so on every replica.
+
+    Args:
+        batches: The moments of each layer on this replica; the same layers on every replica.
+
+    Returns:
+        The same moments on every replica, to the bit.
+    """
+    if number() == 1:
+        return list(batches)
+    parts = [part for n, *means in batches for part in (n, *(_total(n, mean) for mean in means))]
+    sums = iter(summed(parts))
+    return [
+        Moments(n, tf.math.divide_no_nan(next(sums), n), tf.math.divide_no_nan(next(sums), n))
+        for n in sums
+    ]
+
+
+def summed(values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """The sum of each tensor over the replicas, all of them in one all-reduce.
+
+    Raises:
+        RuntimeError: In a graph of its own (a branch, a loop, a nested ``tf.function``): TensorFlow cannot
+            leave it to meet the other replicas.
+    """
+    dtype = tf.float64 if any(value.dtype == tf.float64 for value in values) else tf.float32
+    packed = tf.concat([tf.reshape(tf.cast(value, dtype), [-1]) for value in values], 0)
+    try:
+        total = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, packed)
+    except RuntimeError as error:
+        if "merge_call" not in str(error):
+            raise
+        raise RuntimeError(
+            "Batch normalization shares its statistics with the other replicas of the tf.distribute "
+            "strategy, which TensorFlow cannot do in a tf.cond, a loop or a tf.function inside of "
+            f"strategy.run. Received: a call in training mode in the graph "
+            f"'{tf.compat.v1.get_default_graph().name}'. Call the layer outside of them (a branch can "
+            "choose between two results), decorate what calls strategy.run, or freeze the statistics with "
+            "tfbn.freeze."
+        ) from error
+    sizes = [_size(value) for value in values]
+    return [
+        tf.cast(tf.reshape(part, tf.shape(value)), value.dtype)
+        for part, value in zip(tf.split(total, sizes), values, strict=True)
+    ]
+
+
+def _total(n: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
+    return tf.math.multiply_no_nan(mean, n)
+
+
+def _size(value: tf.Tensor) -> int | tf.Tensor:
+    known = value.shape.num_elements()
+    return tf.size(value) if known is None else known
