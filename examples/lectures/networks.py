@@ -1,0 +1,228 @@
+"""The networks of all seeds, side by side in one model.
+
+A number over five seeds takes five trainings. Small networks spend nearly all of their time between the
+operations, so here they share the operations and nothing else: each layer holds the weights of all networks,
+and the features of all networks lie one after the other on the channel axis, where batch normalization treats
+each channel by itself anyway. The loss is the sum of theirs, so each gets the gradient of its own; every seed
+has its own first weights and its own order of the data. Each learns what it would learn alone.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import tfbn
+from examples.lectures.setting import Setting
+from examples.models import Hidden
+from examples.optimizers import optimizer as named_optimizer
+
+CLASSES = 10
+DIVERGED = 1e15  # its square is a float32 still
+
+
+@keras.saving.register_keras_serializable("examples.lectures")
+class SideBySide(keras.layers.Layer):
+    """The `keras.layers.Dense` of several networks: (batch, networks·inputs) → (batch, networks·units).
+
+    The kernel is (networks, inputs, units), the bias (networks, units). What has diverged falls silent: batch
+    normalization rejects a batch with an infinity in any channel, and the neighbours would pay for it.
+    """
+
+    def __init__(
+        self,
+        units: int,
+        networks: int,
+        use_bias: bool = True,
+        kernel_initializer: Any = "zeros",
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.units, self.networks, self.use_bias = units, networks, use_bias
+
+    def build(self, input_shape: Sequence[int]) -> None:
+        """Makes the weights. `Networks.begin` draws them."""
+        shape = (self.networks, input_shape[-1] // self.networks, self.units)
+        self.kernel = self.add_weight(shape=shape, initializer="zeros", name="kernel")
+        if self.use_bias:
+            bias = (self.networks, self.units)
+            self.bias = self.add_weight(shape=bias, initializer="zeros", name="bias")
+
+    def call(self, a: Any) -> Any:
+        """Each network's features times its own kernel."""
+        a = tf.reshape(a, (-1, self.networks, self.kernel.shape[1]))
+        z = tf.einsum("bni,niu->bnu", a, tf.convert_to_tensor(self.kernel))
+        if self.use_bias:
+            z += self.bias
+        z = tf.where(tf.abs(z) < DIVERGED, z, 0)
+        return tf.reshape(z, (-1, self.networks * self.units))
+
+
+class Networks:
+    """Fully connected networks, `copies` of them for each seed; one is numbered ``copy · seeds + seed``.
+
+    Args:
+        setting: Data and seeds.
+        hidden: How a hidden layer is built: an `examples.models.Hidden`, or a function like it,
+            ``(a, linear, width) -> a'``, where `linear` makes a `SideBySide` as it would a `Dense`.
+        widths: Units of the hidden layers.
+        optimizer: A key of `examples.optimizers.DEFAULT_RATES`.
+        copies: Networks for each seed. They begin with the same draws and see the same order of the data, and
+            differ by what `begin` is told.
+
+    Attributes:
+        model: The Keras model, (batch, networks·pixels) → (batch, networks, classes).
+            The linear layers are named hidden_1, hidden_2, ... and logits.
+        number: How many networks it holds.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        hidden: Hidden | Callable[..., Any],
+        widths: Sequence[int] = (100, 100, 100),
+        optimizer: str = "sgd",
+        copies: int = 1,
+    ):
+        self.setting = setting
+        self.number = copies * setting.seeds
+        image = a = keras.Input((self.number * setting.pixels,), name="images")
+        for index, width in enumerate(widths, 1):
+            a = hidden(a, self._linear(f"hidden_{index}"), width)
+        a = self._linear("logits")(CLASSES)(a)
+        logits = keras.layers.Reshape((self.number, CLASSES))(a)
+        self.model = keras.Model(image, logits)
+        self._loop = tfbn.TrainingLoop(self.model, named_optimizer(optimizer), self._sum_of_losses)
+        self._untrained = self.model.get_weights()
+        self._infer = tf.function(lambda images: self.model(images, training=False))
+
+    def begin(self, learning_rate: float, gain: float | np.ndarray = 1.0) -> None:
+        """Draws fresh weights, W ~ N(0, gain² / inputs), and forgets all training; b, β = 0 and γ = 1.
+
+        Args:
+            learning_rate: For the steps that follow.
+            gain: One for all networks or one for each.
+        """
+        self.model.set_weights(self._untrained)
+        gains = np.broadcast_to(gain, self.number)
+        for index, layer in enumerate(self.kernels()):
+            _, inputs, units = layer.kernel.shape
+            draws = [
+                np.random.default_rng((seed, 1 + index)).normal(size=(inputs, units))
+                for seed in range(self.setting.seeds)
+            ]
+            drawn = np.stack(draws * (self.number // self.setting.seeds))
+            layer.kernel.assign(drawn * gains[:, np.newaxis, np.newaxis] / np.sqrt(inputs))
+        for variable in self._loop.optimizer.variables:
+            variable.assign(tf.zeros_like(variable))
+        self._loop.optimizer.learning_rate = learning_rate
+        self._orders = [
+            _order(np.random.default_rng((seed, 0)), len(self.setting.train.labels))
+            for seed in range(self.setting.seeds)
+        ]
+
+    def train(
+        self,
+        steps: int,
+        batch_size: int = 60,
+        at: Sequence[int] = (),
+        call: Callable[[int], None] | None = None,
+    ) -> None:
+        """Takes steps, each with a mini-batch of its own for each seed, and goes on where it was left.
+
+        Args:
+            steps: How many.
+            batch_size: Examples of a mini-batch.
+            at: After how many of these steps `call(step)` is to be called; 0 is before the first.
+            call: What records.
+        """
+        due = set(at)
+        if 0 in due and call is not None:
+            call(0)
+
+        def after(batch: int, logs: Any) -> None:
+            if batch + 1 in due and call is not None:
+                call(batch + 1)
+
+        callbacks = [keras.callbacks.LambdaCallback(on_train_batch_end=after)] if due else []
+        rows = np.stack(
+            [[next(o) for _ in range(steps * batch_size)] for o in self._orders], axis=1
+        )
+        rows = rows.reshape(steps, batch_size, self.setting.seeds)
+        batches = tf.data.Dataset.from_tensor_slices(rows).map(self._batch).prefetch(8)
+        self._loop.fit(batches, callbacks=callbacks, verbose=0)
+
+    def kernels(self) -> list[SideBySide]:
+        """The layers with weights, from the first to the logits."""
+        return [layer for layer in self.model.layers if isinstance(layer, SideBySide)]
+
+    def normalizations(self) -> list[tfbn.BatchNormalization]:
+        """The batch normalization layers, from the first to the last."""
+        return [x for x in self.model.layers if isinstance(x, tfbn.BatchNormalization)]
+
+    def probe(self, layers: Sequence[Any]) -> Callable[..., list[np.ndarray]]:
+        """A function of images (batch, pixels) that gives what these layers give out: (networks, batch, units) each.
+
+        It takes `training`, by default False; the moving statistics stay as they are either way.
+        """
+        inside = keras.Model(self.model.input, [layer.output for layer in layers])
+        run = tf.function(lambda images, training: inside(images, training=training))
+
+        def look(images: np.ndarray, training: bool = False) -> list[np.ndarray]:
+            with tfbn.pause_statistics(self.model):
+                outputs = run(self.spread(images), training)
+            return [self.each(output) for output in tf.nest.flatten(outputs)]
+
+        return look
+
+    def spread(self, images: np.ndarray | tf.Tensor) -> tf.Tensor:
+        """Gives every network the same images: (batch, pixels) → (batch, networks·pixels)."""
+        return tf.tile(images, (1, self.number))
+
+    def each(self, features: np.ndarray | tf.Tensor) -> np.ndarray:
+        """Takes the networks' features apart: (batch, networks·units) → (networks, batch, units)."""
+        parts = np.asarray(features).reshape(len(features), self.number, -1)
+        return parts.transpose(1, 0, 2)
+
+    def accuracy(
+        self, images: np.ndarray | None = None, labels: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The share of images (by default, of the test set) that each network reads rightly, in inference mode.
+
+        Shape: (networks,).
+        """
+        test = self.setting.test
+        images, labels = (
+            (test.images if images is None else images),
+            (test.labels if labels is None else labels),
+        )
+        right = [
+            self._infer(self.spread(images[i : i + 1000])).numpy().argmax(-1)
+            == labels[i : i + 1000, np.newaxis]
+            for i in range(0, len(images), 1000)
+        ]
+        return np.concatenate(right).mean(0)
+
+    def _linear(self, name: str) -> Callable[..., Any]:
+        return lambda units, **kwargs: SideBySide(units, self.number, name=name, **kwargs)
+
+    def _batch(self, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The examples in these rows of the training set, (batch, seeds), for all networks."""
+        copies = (1, self.number // self.setting.seeds)
+        images, labels = (tf.constant(part) for part in self.setting.train)
+        features = tf.reshape(tf.gather(images, rows), (len(rows), -1))
+        return tf.tile(features, copies), tf.tile(tf.gather(labels, rows), copies)
+
+    def _sum_of_losses(self, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+        """Keras takes the mean over examples and networks; each network is to have its own."""
+        return self.number * keras.losses.sparse_categorical_crossentropy(
+            labels, logits, from_logits=True
+        )
+
+
+def _order(rng: np.random.Generator, examples: int) -> Iterator[int]:
+    """One shuffled pass over the examples after the other."""
+    while True:
+        yield from rng.permutation(examples).tolist()
