@@ -69,19 +69,24 @@ def test_trailing_axes_are_fused():
     assert trace(IMAGES, True, axis=[2, 3]) == FUSED_WITH_RETRY
 
 
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize(
-    "case",
-    [
-        {"dtype": "float64"},
-        {"axis": 1},
-        {"axis": [1, 3]},
-        {"virtual_batch_size": 2},
-        {"mask": [[True] * 5] * 4},
-    ],
-    ids=str,
+    "case", [{"axis": 1}, {"axis": [1, 3]}, {"virtual_batch_size": 2}], ids=str
 )
-def test_what_the_fused_kernel_cannot_take_is_not_fused(case):
-    assert trace(IMAGES, True, **case) == FORMULA
+def test_channels_elsewhere_are_fused_between_transpositions(case, dtype):
+    assert trace(IMAGES, True, backward=True, dtype=dtype, **case) == FUSED_WITH_RETRY | FUSED_BACK
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16", "mixed_bfloat16"])
+def test_inference_transposes_what_it_would_have_to_copy(dtype):
+    expected = FORMULA if dtype == "float32" else FUSED
+    assert trace(IMAGES, False, dtype=dtype, axis=1) == expected
+
+
+@pytest.mark.parametrize("case", [{"dtype": "float64"}, {"mask": [[True] * 5] * 4}], ids=str)
+@pytest.mark.parametrize("axis", [1, -1])
+def test_what_the_fused_kernel_cannot_take_is_not_fused(case, axis):
+    assert trace(IMAGES, True, axis=axis, **case) == FORMULA
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -155,7 +160,8 @@ def _the_true_line(monkeypatch):
         ((None, 512), "float32", True),
         ((None, 513), "float32", False),
         ((None, None, 3), "float32", False),
-        ((64, 32), "mixed_bfloat16", False),
+        ((64, 32), "mixed_bfloat16", True),
+        ((129, 512), "mixed_bfloat16", False),
     ],
 )
 def test_small_tensors_in_a_graph_take_the_formula(shape, dtype, small):
