@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbn import _arguments, _averages, _renorm, _updates, _virtual
+from tfbn import _arguments, _averages, _renorm, _replicas, _updates, _virtual
 from tfbn._moments import Moments, statistics_dtype
 from tfbn._normalize import normalize, normalize_batch
 
@@ -240,11 +240,7 @@ class BatchNormalization(keras.layers.Layer):
         if tf.is_tensor(training):
             value = tf.get_static_value(training)
             if value is None:
-                return tf.cond(
-                    tf.cast(training, tf.bool),
-                    lambda: self._train(inputs, mask),
-                    lambda: self._infer(inputs),
-                )
+                return self._train_where(tf.cast(training, tf.bool), inputs, mask)
             training = bool(value)
         return self._train(inputs, mask) if training else self._infer(inputs)
 
@@ -284,18 +280,48 @@ class BatchNormalization(keras.layers.Layer):
         return tf.math.reciprocal_no_nan(tf.cast(self.update_count, self.moving_mean.dtype))
 
     def _train(self, x: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+        y, moments = self._by_own_statistics(x, mask)
+        self._learn(moments)
+        return y
+
+    def _train_where(self, training: tf.Tensor, x: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+        """Trains or infers, as is known only when the graph runs."""
+        if _replicas.number() == 1:
+            return tf.cond(training, lambda: self._train(x, mask), lambda: self._infer(x))
+        # Replicas cannot meet in a branch: they meet outside, where to infer is to have counted nothing.
+        if self.synchronized:
+            own, moments = self._by_own_statistics(x, mask)
+            y = tf.cond(training, lambda: own, lambda: self._infer(x))
+            moments = moments._replace(count=tf.where(training, moments.count, 0))
+        else:
+            nothing = tf.zeros(self.moving_mean.shape, statistics_dtype(x.dtype))
+            count = tf.zeros([], nothing.dtype) if mask is None else nothing
+            y, moments = tf.cond(
+                training,
+                lambda: self._by_own_statistics(x, mask),
+                lambda: (self._infer(x), Moments(count, nothing, nothing)),
+            )
+        self._learn(moments)
+        return y
+
+    def _by_own_statistics(self, x: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, Moments]:
         if self.virtual_batch_size is not None:
             y, moments = self._by_virtual_batches(x, mask, self.virtual_batch_size)
         elif self.renorm:
             y, moments = self._by_renorm(x, mask)
         else:
             y, moments = self._by_batch(x, self._scale(x), self._offset(x), self._axes, mask)
+        return tf.cast(y, self.compute_dtype), moments
+
+    def _learn(self, moments: Moments) -> None:
+        """Hands the moments to who asked for them, or moves the statistics, on all replicas alike."""
         receive = _updates.receiver()
-        if receive is None:
-            self.update_statistics(moments)
-        else:
+        if receive is not None:
             receive(self, moments)
-        return tf.cast(y, self.compute_dtype)
+            return
+        if not self.synchronized:  # Else they are of the global batch already.
+            (moments,) = _replicas.pooled([moments])
+        self.update_statistics(moments)
 
     def _infer(self, x: tf.Tensor) -> tf.Tensor:
         dtype = statistics_dtype(x.dtype)
