@@ -70,12 +70,18 @@ def test_the_command_shows_progress_and_says_what_came_of_it(twins):
     assert f"Curves         {folder / 'curves.png'}" in printed
     assert f"SavedModel     {folder / 'saved_model'}" in printed
     assert "256 predictions by a process without tfbn and Keras agree" in printed
+    assert re.search(
+        r"^One image      \d+\.\d\d ms as it is, \d+\.\d\d ms folded", printed, re.MULTILINE
+    )
 
 
 def test_the_command_writes_curves_and_a_saved_model(twins):
     folder, _ = twins[0]
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert tf.saved_model.contains_saved_model(folder / "saved_model")
+    for name, folded in (("saved_model", True), ("saved_model_unfolded", False)):
+        assert tf.saved_model.contains_saved_model(folder / name)
+        card = (folder / name / "MODEL_CARD.md").read_text()
+        assert ("folded into what it follows" in card) == folded
 
 
 def test_two_runs_with_the_same_seed_give_the_same_network(twins):
@@ -88,10 +94,10 @@ def test_predictions_that_disagree_end_the_command(twins):
     folder, _ = twins[0]
     served = served_examples(folder)
     with pytest.raises(SystemExit) as error:
-        train_digits.serve(folder / "saved_model", served["inputs"], served["outputs"] + 0.1)
+        train_digits.serve([folder / "saved_model"], served["inputs"], served["outputs"] + 0.1)
     message = str(error.value)
     assert "does not serve the predictions of the model that was exported" in message
-    report = json.loads(re.search(r"{.*}", message)[0])
+    (report,) = json.loads(re.search(r"{.*}", message)[0]).values()
     assert report["agree"] is False
     assert report["largest_difference"] == pytest.approx(0.1, rel=1e-2)
 

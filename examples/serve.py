@@ -1,0 +1,134 @@
+"""Serves SavedModels one image at a time, on what a server has: TensorFlow, and neither tfbn nor Keras.
+
+    python examples/serve.py saved_models/digits-cnn-tfbn/saved_model*
+    python examples/serve.py SAVED_MODEL --examples EXAMPLES.npz --json
+
+Shows that the predictions are those of the model that was exported; that a prediction depends on its own
+image alone, because batch normalization uses fixed statistics at test time, and so is the same in any batch;
+and how long one image takes, as the model is and folded, where both were exported. The exit status is 0
+where the predictions agree and depend on no batch.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Whatever tries to import one of these fails: the SavedModel stands on its own.
+for absent in ("tfbn", "keras", "tf_keras"):
+    sys.modules[absent] = None  # type: ignore[assignment]
+
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+TOLERANCE = 1e-3  # of the largest output: what the TF32 of a GPU allows; a CPU stays under 1e-5
+ALONE = 200  # so many images are sent one at a time
+BATCH = 256
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    with np.load(options.examples) as file:
+        inputs, expected = file["inputs"], file["outputs"]
+    models = {str(path): Served(path) for path in options.saved_models}
+    milliseconds = latency(list(models.values()), inputs)
+    reports = {
+        name: {"examples": len(inputs)}
+        | agreement(model, inputs, expected)
+        | independence(model, inputs)
+        | {"milliseconds": dict(zip(("q1", "median", "q3"), times, strict=True))}
+        for (name, model), times in zip(models.items(), milliseconds, strict=True)
+    }
+    if options.json:
+        print(json.dumps(reports))
+    else:
+        print("\n\n".join(text(name, report) for name, report in reports.items()))
+    return 0 if all(r["agree"] and r["independent"] for r in reports.values()) else 1
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("saved_models", nargs="+", type=Path, metavar="SAVED_MODEL")
+    parser.add_argument(
+        "--examples",
+        type=Path,
+        metavar="FILE.npz",
+        help="the inputs of the model, and its outputs as they were when it was exported; by default "
+        "served_examples.npz beside the first SavedModel",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    for path in options.saved_models:
+        if not tf.saved_model.contains_saved_model(str(path)):
+            parser.error(f"no SavedModel is there. Received: {path}. `make demo` exports some.")
+    if options.examples is None:
+        options.examples = options.saved_models[0].with_name("served_examples.npz")
+    if not options.examples.is_file():
+        parser.error(f"no examples are there. Received: --examples {options.examples}")
+    return options
+
+
+class Served:
+    """From a batch of images to its predictions, by the signature that TensorFlow Serving would call."""
+
+    def __init__(self, path: Path) -> None:
+        self._loaded = tf.saved_model.load(str(path))  # Its variables live as long as it does.
+        self._signature = self._loaded.signatures["serving_default"]
+        (self._name,) = self._signature.structured_input_signature[1]
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        (outputs,) = self._signature(**{self._name: tf.constant(images)}).values()
+        return outputs.numpy()
+
+
+def latency(models: Sequence[Served], inputs: np.ndarray) -> np.ndarray:
+    """Quartiles of the milliseconds for one image alone, for each model; in turns, on the same images."""
+    for model in models:
+        model(inputs[:1])  # The first call prepares the others.
+    times = np.empty((min(len(inputs), ALONE), len(models)))
+    for turn, image in enumerate(inputs[:ALONE]):
+        for number, model in enumerate(models):
+            begin = time.perf_counter()
+            model(image[None])
+            times[turn, number] = 1e3 * (time.perf_counter() - begin)
+    return np.percentile(times, [25, 50, 75], axis=0).T
+
+
+def agreement(model: Served, inputs: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
+    """Whether the predictions, one image at a time and in batches, are those that were recorded."""
+    alone = [model(image[None]) for image in inputs[:ALONE]]
+    rest = [model(inputs[i : i + BATCH]) for i in range(ALONE, len(inputs), BATCH)]
+    difference = float(np.max(np.abs(np.concatenate(alone + rest) - expected)))
+    agree = difference <= TOLERANCE * float(np.max(np.abs(expected)))
+    return {"agree": agree, "largest_difference": difference}
+
+
+def independence(model: Served, inputs: np.ndarray) -> dict[str, Any]:
+    """Whether an image gets the same prediction alone, among other images, and among far brighter ones."""
+    images = inputs[:BATCH]
+    alone = np.concatenate([model(image[None]) for image in images[:ALONE]])
+    together = model(images)[:ALONE]
+    brighter = np.concatenate([images[:ALONE], 10 * images + 5])
+    among_others = model(brighter)[: len(alone)]
+    difference = float(max(np.max(np.abs(other - alone)) for other in (together, among_others)))
+    independent = difference <= TOLERANCE * float(np.max(np.abs(alone)))
+    return {"independent": independent, "largest_difference_between_batches": difference}
+
+
+def text(name: str, report: dict[str, Any]) -> str:
+    agrees = "agree with" if report["agree"] else "DIFFER from"
+    depends = "does not depend" if report["independent"] else "DEPENDS"
+    times = report["milliseconds"]
+    return f"""{name}
+  {report["examples"]} predictions {agrees} those of the model: largest difference {report["largest_difference"]:.1e}
+  A prediction {depends} on its batch: largest difference {report["largest_difference_between_batches"]:.1e}
+  One image takes {times["median"]:.2f} ms (quartiles {times["q1"]:.2f} to {times["q3"]:.2f})"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
