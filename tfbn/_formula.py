@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from tfbn import _replicas
 from tfbn._moments import Moments, along, moments, reduced_axes, statistics_dtype
 
 
@@ -37,9 +38,10 @@ def forward(
     axes: Sequence[int],
     epsilon: float,
     mask: tf.Tensor | None,
+    synchronized: bool = False,
 ) -> tuple[tf.Tensor, Moments, Saved]:
     """Normalizes ``x`` by its own moments. Returns the output, the moments and what to save."""
-    shift, relative = moments(x, axes, mask)
+    shift, relative = _moments(x, axes, mask, synchronized)
     centred = _centred(tf.cast(x, gamma.dtype), shift, relative.mean, axes)
     scale = gamma * tf.math.rsqrt(relative.variance + epsilon)
     y = tf.cast(centred * along(scale, x, axes) + along(beta, x, axes), x.dtype)
@@ -56,8 +58,9 @@ def backward(
     axes: Sequence[int],
     epsilon: float,
     mask: tf.Tensor | None,
+    synchronized: bool = False,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """The gradients with respect to x, gamma and beta."""
+    """The gradients with respect to x, gamma and beta; of the latter two this replica's share."""
     shift, relative = saved
     reduced = reduced_axes(x.shape.rank, axes)
     dtype = statistics_dtype(x.dtype)
@@ -66,9 +69,10 @@ def backward(
     s = tf.math.rsqrt(relative.variance + epsilon)
     sum_dy = tf.reduce_sum(dy, reduced)
     sum_dy_centred = tf.reduce_sum(dy * centred, reduced)
-    through_mean = along(tf.math.divide_no_nan(sum_dy, relative.count), x, axes)
+    total_dy, total_dy_centred = _totals([sum_dy, sum_dy_centred], synchronized)
+    through_mean = along(tf.math.divide_no_nan(total_dy, relative.count), x, axes)
     through_variance = along(
-        tf.math.divide_no_nan(tf.square(s) * sum_dy_centred, relative.count), x, axes
+        tf.math.divide_no_nan(tf.square(s) * total_dy_centred, relative.count), x, axes
     )
     through_statistics = through_mean + centred * through_variance
     if mask is not None:
@@ -87,6 +91,7 @@ def second_backward(
     axes: Sequence[int],
     epsilon: float,
     mask: tf.Tensor | None,
+    synchronized: bool = False,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     r"""The gradients of :func:`backward`'s results, with respect to dy, x, gamma and beta.
 
@@ -107,14 +112,14 @@ def second_backward(
         tf.zeros_like(like) if given is None else tf.cast(given, dtype)  # None: nobody asks
         for given, like in zip(upstream, (values, gamma, beta), strict=True)
     )
-    shift, relative = moments(values, axes, mask)
+    shift, relative = _moments(values, axes, mask, synchronized)
     s = tf.math.rsqrt(relative.variance + epsilon)
     x_hat = _centred(values, shift, relative.mean, axes) * along(s, x, axes)
     reduced = reduced_axes(x.shape.rank, axes)
 
     def average(z: tf.Tensor) -> tf.Tensor:
-        total = tf.math.divide_no_nan(tf.reduce_sum(z, reduced), relative.count)
-        return along(total, x, axes)
+        (total,) = _totals([tf.reduce_sum(z, reduced)], synchronized)
+        return along(tf.math.divide_no_nan(total, relative.count), x, axes)
 
     def counting(z: tf.Tensor) -> tf.Tensor:
         return z if mask is None else tf.where(mask, z, tf.zeros([], dtype))
@@ -130,7 +135,8 @@ def second_backward(
         gamma_s * (u - average(u_counting) - x_hat * u_x_hat) + v_wide * x_hat + along(w, x, axes)
     )
     g = v_wide * dy_wide - gamma_s * (dy_wide * u_x_hat + u_counting * average(dy_wide * x_hat))
-    through_s = along(tf.math.divide_no_nan(gamma * s * s * q, relative.count), x, axes)
+    (total_q,) = _totals([q], synchronized)
+    through_s = along(tf.math.divide_no_nan(gamma * s * s * total_q, relative.count), x, axes)
     by_x = along(s, x, axes) * without_statistics(g) - counting(x_hat) * through_s
     return tf.cast(by_dy, dy.dtype), tf.cast(by_x, x.dtype), s * q, tf.zeros_like(beta)
 
@@ -172,12 +178,15 @@ def inference(
     r""":math:`(x - \mu) \, s \gamma + \beta` with given statistics; differentiable in every argument.
 
     The mean is subtracted first: :math:`x s\gamma + (\beta - \mu s\gamma)` would cancel where it is
-    large.
+    large. In half precision a large x has lost more digits than that, and it saves a pass.
     """
-    dtype = statistics_dtype(x.dtype)
     scale = gamma * tf.math.rsqrt(variance + epsilon)
-    centred = tf.cast(x, dtype) - along(mean, x, axes)
-    return tf.cast(centred * along(scale, x, axes) + along(beta, x, axes), x.dtype)
+    values = tf.cast(x, gamma.dtype)
+    if values.dtype == x.dtype:
+        values -= along(mean, x, axes)
+    else:
+        beta -= mean * scale
+    return tf.cast(values * along(scale, x, axes) + along(beta, x, axes), x.dtype)
 
 
 def second_inference_backward(
@@ -224,6 +233,19 @@ def second_inference_backward(
         by_gamma,
         tf.zeros_like(beta),
     )
+
+
+def _moments(
+    x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None, synchronized: bool
+) -> tuple[tf.Tensor, Moments]:
+    """The moments of the batch: of this replica, or of all of them."""
+    shift, relative = moments(x, axes, mask)
+    return _replicas.joined(shift, relative) if synchronized else (shift, relative)
+
+
+def _totals(sums: Sequence[tf.Tensor], synchronized: bool) -> Sequence[tf.Tensor]:
+    """Sums over the positions of this replica, or of all of them."""
+    return _replicas.summed(sums) if synchronized else sums
 
 
 def _centred(x: tf.Tensor, shift: tf.Tensor, offset: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
