@@ -344,7 +344,15 @@ class BatchNormalization(keras.layers.Layer):
         axes: Sequence[int],
         mask: tf.Tensor | None,
     ) -> tuple[tf.Tensor, Moments]:
-        return normalize_batch(x, scale, offset, axes=axes, epsilon=self.epsilon, mask=mask)
+        return normalize_batch(
+            x,
+            scale,
+            offset,
+            axes=axes,
+            epsilon=self.epsilon,
+            mask=mask,
+            synchronized=self.synchronized,
+        )
 
     def _by_virtual_batches(
         self, x: tf.Tensor, mask: tf.Tensor | None, size: int

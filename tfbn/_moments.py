@@ -135,6 +135,31 @@ def merge(a: Moments, b: Moments) -> Moments:
     return Moments(n, mean, variance)
 
 
+def join(shifts: tf.Tensor, parts: Moments) -> tuple[tf.Tensor, Moments]:
+    r"""The moments of many disjoint sets of values together, exactly: :func:`merge` for all of them at once.
+
+    .. math:: \mu = \sum_r w_r \mu_r, \quad \sigma^2 = \sum_r w_r (\sigma_r^2 + (\mu_r - \mu)^2), \quad
+              w_r = n_r / \sum_s n_s
+
+    Args:
+        shifts: The shift of each set, in rows.
+        parts: The moments of each set, in rows, with means relative to its own shift.
+
+    Returns:
+        A shift near the common mean, and the moments of all values, whose mean is relative to it.
+    """
+    shape = [shifts.shape[0], *[1] * (shifts.shape.rank - parts.count.shape.rank)]
+    counts = tf.reshape(parts.count, [*shape, *parts.count.shape[1:]])
+    weights = tf.math.divide_no_nan(counts, tf.reduce_sum(counts, 0))
+    shifts, offsets = _heard(shifts, counts), _heard(parts.mean, counts)
+    shift = tf.stop_gradient(tf.reduce_sum(weights * (shifts + offsets), 0))
+    means = tf.where(counts > 0, (shifts - shift) + offsets, 0)
+    mean = tf.reduce_sum(weights * means, 0)
+    spread = _heard(parts.variance, counts) + tf.square(tf.where(counts > 0, means - mean, 0))
+    variance = tf.reduce_sum(weights * spread, 0)
+    return shift, Moments(tf.reduce_sum(parts.count, 0), mean, variance)
+
+
 def _typical(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     """The median of three values of each channel: one outlier among them does not matter.
 

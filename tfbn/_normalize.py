@@ -8,7 +8,7 @@ case                                                  kernel
 float32, float16, bfloat16; channels last             fused (``_fused.py``)
 the same with channels elsewhere, training on a CPU   fused, between two transpositions
 a small tensor in a graph on a CPU                    formula, with a gradient written by hand
-float64, masks                                        formula, with a gradient written by hand
+float64, masks, statistics over replicas              formula, with a gradient written by hand
 under XLA                                             formula, differentiated by TensorFlow
 ====================================================  ==============================================
 
@@ -34,7 +34,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfbn import _formula, _fused, _views, _xla
+from tfbn import _formula, _fused, _replicas, _views, _xla
 from tfbn._moments import Moments
 
 # Up to this many values the formula is faster than the fused kernel, in a graph on a CPU.
@@ -50,6 +50,7 @@ def normalize_batch(
     axes: Sequence[int],
     epsilon: float,
     mask: tf.Tensor | None = None,
+    synchronized: bool = False,
 ) -> tuple[tf.Tensor, Moments]:
     """Normalizes ``x`` by the mean and biased variance of this batch, per channel.
 
@@ -60,12 +61,15 @@ def normalize_batch(
         axes: The channel axes, ascending and non-negative.
         epsilon: Added to the variance.
         mask: Boolean tensor of the rank of ``x`` that broadcasts to it: the values that count.
+        synchronized: Whether the batch is that of all replicas together.
 
     Returns:
         The output in the dtype of ``x``, differentiable in ``x``, ``gamma`` and ``beta``; and the
         batch's moments, for bookkeeping: they are not to be differentiated.
     """
-    if _views.interleaved(x, axes) or (mask is None and _fused_is_best_transposed(x, axes)):
+    synchronized = synchronized and _replicas.number() > 1
+    kernel_can = mask is None and not synchronized
+    if _views.interleaved(x, axes) or (kernel_can and _fused_is_best_transposed(x, axes)):
         to_last, back_again, last = _views.channels_last(x.shape.rank, axes)
         y, batch = normalize_batch(
             tf.transpose(x, to_last),
@@ -74,9 +78,10 @@ def normalize_batch(
             axes=last,
             epsilon=epsilon,
             mask=None if mask is None else tf.transpose(mask, to_last),
+            synchronized=synchronized,
         )
         return tf.transpose(y, back_again), batch
-    if mask is None and _fused_is_best(x, axes):
+    if kernel_can and _fused_is_best(x, axes):
         return _by_kernel(
             functools.partial(_fused.forward, epsilon=epsilon, on_gpu=_on_gpu(x)),
             functools.partial(_fused.backward, epsilon=epsilon),
@@ -91,9 +96,10 @@ def normalize_batch(
         view, axes, channels = _views.merged(x, axes)
         gamma, beta = tf.reshape(gamma, channels), tf.reshape(beta, channels)
     setting: dict[str, Any] = {"axes": axes, "epsilon": epsilon, "mask": mask}
-    if _xla.compiling():
+    if _xla.compiling() and not synchronized:
         y, batch = _formula.plain(view, gamma, beta, **setting)
     else:
+        setting["synchronized"] = synchronized
         y, batch = _by_kernel(
             functools.partial(_formula.forward, **setting),
             functools.partial(_formula.backward, **setting),

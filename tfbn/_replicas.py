@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from tfbn._moments import Moments
+from tfbn._moments import Moments, join
 
 
 def number() -> int:
@@ -43,6 +43,27 @@ def pooled(batches: Sequence[Moments]) -> list[Moments]:
         Moments(n, tf.math.divide_no_nan(next(sums), n), tf.math.divide_no_nan(next(sums), n))
         for n in sums
     ]
+
+
+def joined(shift: tf.Tensor, relative: Moments) -> tuple[tf.Tensor, Moments]:
+    """The moments of the values of all replicas together, in one all-reduce.
+
+    Args:
+        shift: What the mean on this replica is relative to.
+        relative: The moments on this replica.
+
+    Returns:
+        Another shift and the moments relative to it, the same on every replica, to the bit.
+    """
+    context = tf.distribute.get_replica_context()
+    here = tf.range(number()) == context.replica_id_in_sync_group
+
+    def row(value: tf.Tensor) -> tf.Tensor:
+        """A row for each replica, of which this one fills its own: their sum has all of them."""
+        return tf.where(tf.reshape(here, [-1, *[1] * value.shape.rank]), value, 0)
+
+    count, shifts, mean, variance = summed([row(v) for v in (relative.count, shift, *relative[1:])])
+    return join(shifts, Moments(count, mean, variance))
 
 
 def summed(values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
