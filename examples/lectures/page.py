@@ -69,12 +69,14 @@ def wanted(claim: Claim) -> str:
     """The range that the claim wants."""
     above, at_most = number(claim.above), number(claim.at_most)
     if claim.above == -float("inf"):
-        return f"at most {at_most}"
+        return at_most if claim.at_most == 0 else f"at most {at_most}"
     return f"above {above}" + ("" if at_most == "∞" else f", at most {at_most}")
 
 
 def number(value: float) -> str:
-    """Three digits."""
+    """Three digits, fewer where they say nothing."""
+    if value == round(value) and abs(value) < 1e5:
+        return f"{value:.0f}".replace("-", "−")
     if abs(value) == float("inf"):
         return "∞" if value > 0 else "−∞"
     if value and not 1e-3 <= abs(value) < 1e5:

@@ -107,6 +107,13 @@ def bands(values: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return low, median, high
 
 
+def ratio(dividend: Any, divisor: Any) -> np.ndarray:
+    """Of steps until something happened, which may be ∞: 1 where it happened in neither."""
+    dividend, divisor = np.broadcast_arrays(np.asarray(dividend, float), np.asarray(divisor, float))
+    neither = np.isinf(dividend) & np.isinf(divisor)
+    return np.where(neither, 1.0, dividend / np.where(neither, 1.0, divisor))
+
+
 def first_step(steps: Sequence[int], accuracy: Any, goal: float) -> np.ndarray:
     """The first of the recorded steps at which each network has the accuracy, or ∞.
 
