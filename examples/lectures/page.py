@@ -1,5 +1,6 @@
 """The page of the gallery, from the files of the experiments that were run."""
 
+import math
 from pathlib import Path
 
 from examples.lectures.result import Claim, Result
@@ -68,19 +69,19 @@ def measured(claim: Claim) -> str:
 def wanted(claim: Claim) -> str:
     """The range that the claim wants."""
     above, at_most = number(claim.above), number(claim.at_most)
-    if claim.above == -float("inf"):
+    if claim.above == -math.inf:
         return at_most if claim.at_most == 0 else f"at most {at_most}"
     return f"above {above}" + ("" if at_most == "∞" else f", at most {at_most}")
 
 
 def number(value: float) -> str:
     """Three digits, fewer where they say nothing."""
+    if math.isinf(value) or math.isnan(value):
+        return str(value).replace("inf", "∞").replace("-", "−")
     if value == round(value) and abs(value) < 1e5:
         return f"{value:.0f}".replace("-", "−")
-    if abs(value) == float("inf"):
-        return "∞" if value > 0 else "−∞"
-    if value and not 1e-3 <= abs(value) < 1e5:
+    if not 1e-3 <= abs(value) < 1e5:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa}·10^{int(exponent)}".replace("-", "−")
-    digits = max(0, 2 - len(f"{abs(value):.0f}") + 1) if abs(value) >= 1 else 3
-    return f"{value:.{digits}f}".replace("-", "−")
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{min(digits, 3)}f}".replace("-", "−")
