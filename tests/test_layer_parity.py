@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import keras
 import numpy as np
 import pytest
@@ -58,9 +60,9 @@ def keras_policy(dtype: str) -> str:
 def test_closer_to_the_oracle_than_keras_at_mean_1e4(layout: tuple, mode: str) -> None:
     ours = errors_at_mean_1e4(tfbn.BatchNormalization, layout, mode)
     theirs = errors_at_mean_1e4(keras.layers.BatchNormalization, layout, mode)
-    for name, (error, one_rounding) in ours.items():
-        # Below one rounding of the largest value of its kind, who is closer is chance.
-        assert error <= max(theirs[name][0], one_rounding), (name, error, theirs[name][0])
+    for name, (error, rounding) in ours.items():
+        # Below the rounding of the largest value of its kind, who is closer is chance.
+        assert error <= max(theirs[name][0], rounding), (name, error, theirs[name][0])
     for name in ("training/y", "inference/y"):
         assert ours[name][0] < theirs[name][0], (name, ours[name][0], theirs[name][0])
 
@@ -68,7 +70,11 @@ def test_closer_to_the_oracle_than_keras_at_mean_1e4(layout: tuple, mode: str) -
 def errors_at_mean_1e4(
     layer_class: type[keras.layers.Layer], layout: tuple, mode: str, seeds: int = 8
 ) -> dict[str, tuple[float, float]]:
-    """Root mean square error over all seeds, and one float32 rounding, of each result."""
+    """Root mean square error over all seeds, and what rounding alone may cost, of each result.
+
+    That is one float32 rounding of the largest value. For dbeta, a sum of dy in which the mean of x
+    has no part, it is what adding n numbers one after the other leaves: about the root of n roundings.
+    """
     case = Case(layout)
     rng = np.random.default_rng(8)
     layer = layer_class(**case.arguments)
@@ -93,7 +99,11 @@ def errors_at_mean_1e4(
         for name, value in seen.items():
             differences.setdefault(name, []).append(value - expected[name])
             largest[name] = max(largest.get(name, 0.0), float(np.max(np.abs(expected[name]))))
+    summed = math.sqrt(batch.x.size / layer.beta.shape.num_elements())
     return {
-        name: (float(np.sqrt(np.mean(np.square(values)))), 2.0**-24 * largest[name])
+        name: (
+            float(np.sqrt(np.mean(np.square(values)))),
+            2.0**-24 * largest[name] * (summed if name.endswith("dbeta") else 1),
+        )
         for name, values in differences.items()
     }
