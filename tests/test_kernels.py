@@ -77,6 +77,10 @@ def test_channels_elsewhere_are_fused_between_transpositions(case, dtype):
     assert trace(IMAGES, True, backward=True, dtype=dtype, **case) == FUSED_WITH_RETRY | FUSED_BACK
 
 
+def test_virtual_batches_of_unknown_number_take_the_formula():
+    assert trace((None, *IMAGES[1:]), True, virtual_batch_size=2) == FORMULA
+
+
 @pytest.mark.parametrize("dtype", ["float32", "mixed_float16", "mixed_bfloat16"])
 def test_inference_transposes_what_it_would_have_to_copy(dtype):
     expected = FORMULA if dtype == "float32" else FUSED

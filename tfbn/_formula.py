@@ -23,6 +23,23 @@ from tfbn import _replicas
 from tfbn._moments import Moments, along, moments, reduced_axes, statistics_dtype
 
 
+class Setting(NamedTuple):
+    """Over which values a channel is normalized.
+
+    Attributes:
+        axes: The channel axes, ascending and non-negative.
+        epsilon: Added to the variance.
+        mask: ``None``, or a boolean tensor of the rank of ``x`` that broadcasts to it: the values that
+            count.
+        synchronized: Whether those of all replicas are one batch.
+    """
+
+    axes: Sequence[int]
+    epsilon: float
+    mask: tf.Tensor | None = None
+    synchronized: bool = False
+
+
 class Saved(NamedTuple):
     """What the backward pass needs beside ``x``: the mean in two parts that keep its digits."""
 
@@ -35,13 +52,11 @@ def forward(
     gamma: tf.Tensor,
     beta: tf.Tensor,
     *,
-    axes: Sequence[int],
-    epsilon: float,
-    mask: tf.Tensor | None,
-    synchronized: bool = False,
+    setting: Setting,
 ) -> tuple[tf.Tensor, Moments, Saved]:
     """Normalizes ``x`` by its own moments. Returns the output, the moments and what to save."""
-    shift, relative = _moments(x, axes, mask, synchronized)
+    axes, epsilon = setting.axes, setting.epsilon
+    shift, relative = _moments(x, setting)
     centred = _centred(tf.cast(x, gamma.dtype), shift, relative.mean, axes)
     scale = gamma * tf.math.rsqrt(relative.variance + epsilon)
     y = tf.cast(centred * along(scale, x, axes) + along(beta, x, axes), x.dtype)
@@ -55,12 +70,10 @@ def backward(
     gamma: tf.Tensor,
     beta: tf.Tensor,
     *,
-    axes: Sequence[int],
-    epsilon: float,
-    mask: tf.Tensor | None,
-    synchronized: bool = False,
+    setting: Setting,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """The gradients with respect to x, gamma and beta; of the latter two this replica's share."""
+    axes, epsilon, mask, _ = setting
     shift, relative = saved
     reduced = reduced_axes(x.shape.rank, axes)
     dtype = statistics_dtype(x.dtype)
@@ -69,7 +82,7 @@ def backward(
     s = tf.math.rsqrt(relative.variance + epsilon)
     sum_dy = tf.reduce_sum(dy, reduced)
     sum_dy_centred = tf.reduce_sum(dy * centred, reduced)
-    total_dy, total_dy_centred = _totals([sum_dy, sum_dy_centred], synchronized)
+    total_dy, total_dy_centred = _totals([sum_dy, sum_dy_centred], setting)
     through_mean = along(tf.math.divide_no_nan(total_dy, relative.count), x, axes)
     through_variance = along(
         tf.math.divide_no_nan(tf.square(s) * total_dy_centred, relative.count), x, axes
@@ -88,10 +101,7 @@ def second_backward(
     gamma: tf.Tensor,
     beta: tf.Tensor,
     *,
-    axes: Sequence[int],
-    epsilon: float,
-    mask: tf.Tensor | None,
-    synchronized: bool = False,
+    setting: Setting,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     r"""The gradients of :func:`backward`'s results, with respect to dy, x, gamma and beta.
 
@@ -106,19 +116,20 @@ def second_backward(
 
     Everything here is computed anew from x, so that TensorFlow differentiates it to any further order.
     """
+    axes, epsilon, mask, _ = setting
     dtype = gamma.dtype
     values, dy_wide = tf.cast(x, dtype), tf.cast(dy, dtype)
     u, v, w = (
         tf.zeros_like(like) if given is None else tf.cast(given, dtype)  # None: nobody asks
         for given, like in zip(upstream, (values, gamma, beta), strict=True)
     )
-    shift, relative = _moments(values, axes, mask, synchronized)
+    shift, relative = _moments(values, setting)
     s = tf.math.rsqrt(relative.variance + epsilon)
     x_hat = _centred(values, shift, relative.mean, axes) * along(s, x, axes)
     reduced = reduced_axes(x.shape.rank, axes)
 
     def average(z: tf.Tensor) -> tf.Tensor:
-        (total,) = _totals([tf.reduce_sum(z, reduced)], synchronized)
+        (total,) = _totals([tf.reduce_sum(z, reduced)], setting)
         return along(tf.math.divide_no_nan(total, relative.count), x, axes)
 
     def counting(z: tf.Tensor) -> tf.Tensor:
@@ -135,7 +146,7 @@ def second_backward(
         gamma_s * (u - average(u_counting) - x_hat * u_x_hat) + v_wide * x_hat + along(w, x, axes)
     )
     g = v_wide * dy_wide - gamma_s * (dy_wide * u_x_hat + u_counting * average(dy_wide * x_hat))
-    (total_q,) = _totals([q], synchronized)
+    (total_q,) = _totals([q], setting)
     through_s = along(tf.math.divide_no_nan(gamma * s * s * total_q, relative.count), x, axes)
     by_x = along(s, x, axes) * without_statistics(g) - counting(x_hat) * through_s
     return tf.cast(by_dy, dy.dtype), tf.cast(by_x, x.dtype), s * q, tf.zeros_like(beta)
@@ -146,15 +157,14 @@ def plain(
     gamma: tf.Tensor,
     beta: tf.Tensor,
     *,
-    axes: Sequence[int],
-    epsilon: float,
-    mask: tf.Tensor | None,
+    setting: Setting,
 ) -> tuple[tf.Tensor, Moments]:
     r"""The same, in operations that TensorFlow differentiates rightly to any order.
 
     It computes :math:`(x - c) s\gamma + (\beta - (\mu - c) s\gamma)` with the shift :math:`c`: one
     multiply-add that does not cancel, since :math:`\mu - c` is small.
     """
+    axes, epsilon, mask, _ = setting
     # Cast once, so that the gradient is rounded to half precision once.
     values = tf.cast(x, gamma.dtype)
     shift, relative = moments(values, axes, mask)
@@ -235,17 +245,15 @@ def second_inference_backward(
     )
 
 
-def _moments(
-    x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None, synchronized: bool
-) -> tuple[tf.Tensor, Moments]:
+def _moments(x: tf.Tensor, setting: Setting) -> tuple[tf.Tensor, Moments]:
     """The moments of the batch: of this replica, or of all of them."""
-    shift, relative = moments(x, axes, mask)
-    return _replicas.joined(shift, relative) if synchronized else (shift, relative)
+    shift, relative = moments(x, setting.axes, setting.mask)
+    return _replicas.joined(shift, relative) if setting.synchronized else (shift, relative)
 
 
-def _totals(sums: Sequence[tf.Tensor], synchronized: bool) -> Sequence[tf.Tensor]:
+def _totals(sums: Sequence[tf.Tensor], setting: Setting) -> Sequence[tf.Tensor]:
     """Sums over the positions of this replica, or of all of them."""
-    return _replicas.summed(sums) if synchronized else sums
+    return _replicas.summed(sums) if setting.synchronized else sums
 
 
 def _centred(x: tf.Tensor, shift: tf.Tensor, offset: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:

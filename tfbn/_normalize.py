@@ -85,7 +85,7 @@ def normalize_batch(
         return _by_kernel(
             functools.partial(_fused.forward, epsilon=epsilon, on_gpu=_on_gpu(x)),
             functools.partial(_fused.backward, epsilon=epsilon),
-            functools.partial(_formula.second_backward, axes=axes, epsilon=epsilon, mask=None),
+            functools.partial(_formula.second_backward, setting=_formula.Setting(axes, epsilon)),
             x,
             gamma,
             beta,
@@ -95,15 +95,14 @@ def normalize_batch(
     if mask is None:  # A mask may broadcast over one of two axes that would be merged.
         view, axes, channels = _views.merged(x, axes)
         gamma, beta = tf.reshape(gamma, channels), tf.reshape(beta, channels)
-    setting: dict[str, Any] = {"axes": axes, "epsilon": epsilon, "mask": mask}
+    setting = _formula.Setting(axes, epsilon, mask, synchronized)
     if _xla.compiling() and not synchronized:
-        y, batch = _formula.plain(view, gamma, beta, **setting)
+        y, batch = _formula.plain(view, gamma, beta, setting=setting)
     else:
-        setting["synchronized"] = synchronized
         y, batch = _by_kernel(
-            functools.partial(_formula.forward, **setting),
-            functools.partial(_formula.backward, **setting),
-            functools.partial(_formula.second_backward, **setting),
+            functools.partial(_formula.forward, setting=setting),
+            functools.partial(_formula.backward, setting=setting),
+            functools.partial(_formula.second_backward, setting=setting),
             view,
             gamma,
             beta,
@@ -167,7 +166,9 @@ def _fused_is_best(x: tf.Tensor, axes: Sequence[int]) -> bool:
 def _fused_is_best_transposed(x: tf.Tensor, axes: Sequence[int]) -> bool:
     """Whether to bring the channels to the end and back again, so that the fused kernel serves."""
     last = _views.channels_last(x.shape.rank, axes)[2]
-    return list(axes) != list(last) and not _on_gpu(x) and _fused_is_best(x, last)
+    # The number of virtual batches, channels too, may be known only when the graph runs.
+    known = all(x.shape[axis] is not None for axis in axes)
+    return known and list(axes) != list(last) and not _on_gpu(x) and _fused_is_best(x, last)
 
 
 def _on_gpu(x: tf.Tensor) -> bool:
