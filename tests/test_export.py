@@ -2,7 +2,8 @@
 
 import errno
 import os
-import signal
+import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -174,19 +175,44 @@ def exported(tmp_path):
     return tfbn.export(model, tmp_path / "served"), model
 
 
-def test_a_full_disk(exported, monkeypatch):
-    path, old = exported
+def wide():
+    """A model of a megabyte."""
+    inputs = keras.Input((6, 6, 2), name="image")
+    x = keras.layers.Dense(3500)(keras.layers.Flatten()(inputs))
+    return keras.Model(inputs, keras.layers.Dense(3, name="scores")(x))
 
-    def full(_, folder, *args, **kwargs):
-        Path(folder).mkdir(exist_ok=True)
-        Path(folder, "saved_model.pb").write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tf.saved_model, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        tfbn.export(trained(), path, overwrite=True)
+@pytest.fixture(params=["a full file system", "a limit on the size of files"])
+def little_room(request, tmp_path):
+    """Where a megabyte cannot be written: a function that says from when on, and the folder."""
+    if request.param == "a limit on the size of files":
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        yield tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        return
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system of limited size")
+    try:
+        yield tmp_path, lambda: None
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("weights", ["constants", "variables"])
+def test_a_full_disk(little_room, monkeypatch, weights):
+    folder, begin = little_room
+    old = trained()
+    path = tfbn.export(old, folder / "served")
+    if weights == "variables":
+        monkeypatch.setattr(_export, "LARGEST_CONSTANTS", 0)
+    begin()
+    with pytest.raises(
+        OSError, match=r"cannot be written. Received: .*(No space left|File too large)"
+    ):
+        tfbn.export(wide(), path, overwrite=True)
     expect(path, old)
-    assert list(path.parent.iterdir()) == [path]
+    assert list(folder.iterdir()) == [path]
 
 
 def test_outputs_that_differ(exported, monkeypatch):
@@ -216,6 +242,7 @@ def test_a_rename_that_fails_puts_the_old_one_back(exported, monkeypatch):
             raise OSError(errno.EIO, "Input/output error")
         return rename(self, target)
 
+    monkeypatch.setattr(_place, "_swap", lambda *_: False)
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OSError, match="Input/output error"):
         tfbn.export(trained(), path, overwrite=True)
@@ -223,43 +250,99 @@ def test_a_rename_that_fails_puts_the_old_one_back(exported, monkeypatch):
     expect(path, old)
 
 
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_directory_is_replaced_with_all_that_is_in_it(tmp_path, monkeypatch, swaps):
+    if not swaps:
+        monkeypatch.setattr(_place, "_swap", lambda *_: False)
+    for name in ("first", "second"):
+        with _place.placed(tmp_path / "x", True, lambda _: True) as folder:
+            (folder / name).touch()
+    assert [p.name for p in tmp_path.rglob("*")] == ["x", "second"]
+
+
+# Each moment in a process of its own, forked before TensorFlow starts threads: to import it takes seconds.
 KILLED = """
-    import sys, time
+    import os, shutil, signal, sys, threading
     from pathlib import Path
-    from tfbn import _place
-    with _place.placed(Path(sys.argv[1]), True, lambda _: True) as folder:
-        (folder / "half").write_text("half")
-        rename = Path.rename
-        if sys.argv[2] == "renaming":
-            def stuck(self, target):
-                if self.name == "new":
-                    print("now", flush=True)
-                    time.sleep(100)
-                return rename(self, target)
-            Path.rename = stuck
-        else:
-            print("now", flush=True)
-            time.sleep(100)
+    import keras
+    import tfbn
+    from tfbn import _export, _place
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(folder):
+        while not any(path.is_file() for path in folder.rglob("*")):
+            pass
+        die()
+
+    def before_renaming(name):
+        def rename(self, target, rename=Path.rename):
+            return die() if self.name == name else rename(self, target)
+        _place._swap = lambda *_: False
+        Path.rename = rename
+
+    def while_writing():
+        def write(*arguments, write=_export._write):
+            threading.Thread(target=watch, args=[arguments[-1]]).start()
+            write(*arguments)
+            die()
+        _export._write = write
+
+    MOMENTS = {
+        "while writing": while_writing,
+        "before comparing": lambda: setattr(_export, "_difference", lambda *_: die()),
+        "before renaming": lambda: before_renaming("served"),
+        "between renames": lambda: before_renaming("new"),
+        "before cleaning up": lambda: setattr(shutil, "rmtree", lambda *_, **__: die()),
+    }
+    for folder in sorted(Path(sys.argv[1]).iterdir()):
+        if not (child := os.fork()):
+            MOMENTS[folder.name]()
+            inputs = keras.Input((6, 6, 2), name="image")
+            x = keras.layers.Flatten()(inputs)
+            model = keras.Model(inputs, keras.layers.Dense(3, name="scores", kernel_initializer="zeros")(x))
+            tfbn.export(model, folder / "served", overwrite=True)
+            os._exit(1)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, folder
 """
+MOMENTS = [
+    "while writing",
+    "before comparing",
+    "before renaming",
+    "between renames",
+    "before cleaning up",
+]
 
 
-@pytest.mark.parametrize("when", ["writing", "renaming"])
-def test_a_killed_process(exported, when):
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A SavedModel for each moment, over which one was being exported when the process was killed."""
+    old, root = trained(), tmp_path_factory.mktemp("killed")
+    for moment in MOMENTS:
+        tfbn.export(old, root / moment / "served")
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED), str(root)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        check=True,
+        timeout=200,
+    )
+    return root, old
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_process(killed, moment):
     """Its leavings are hidden, and go with the next export, which puts back what was moved away."""
-    path, old = exported
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(path), when]
-    root = str(Path(__file__).parent.parent)
-    environment = os.environ | {"PYTHONPATH": root}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
-        assert process.stdout.readline() == b"now\n"
-        process.send_signal(signal.SIGKILL)
-    if when == "writing":
-        expect(path, old)
-    visible = [p for p in path.parent.iterdir() if not p.name.startswith(".")]
-    assert visible == ([path] if when == "writing" else [])
+    root, old = killed
+    path = root / moment / "served"
+    assert len([p for p in path.parent.iterdir() if p.name.startswith(".served.")]) == 1
+    assert path.exists() == (moment != "between renames")
     with pytest.raises(FileExistsError):
-        tfbn.export(trained(), path)
-    expect(path, old)
+        tfbn.export(old, path)
+    if moment == "before cleaning up":
+        np.testing.assert_array_equal(serve(path)(image=images(2))["scores"], np.zeros((2, 3)))
+    else:
+        expect(path, old)
     assert list(path.parent.iterdir()) == [path]
 
 

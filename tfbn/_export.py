@@ -41,8 +41,10 @@ def export(
 
     The SavedModel is written beside its place, loaded again, and compared with the model; only then it is
     moved to its place. Whatever happens before, nothing is there that was not, and an old one
-    is whole. Beside the SavedModel's own files is a `MODEL_CARD.md`, which says what it takes and gives, with
-    which versions it was written, what was folded, and how far its outputs are from the model's.
+    is whole. A process that is killed leaves a hidden directory `.NAME.*.tmp` beside the place; the next
+    export to the same path removes it. Beside the SavedModel's own files is a `MODEL_CARD.md`, which
+    says what it takes and gives, with which versions it was written, what was folded, and how far
+    its outputs are from the model's.
 
     Args:
         model: A Keras model, built. It stays as it is.
@@ -117,7 +119,13 @@ def _write(model: keras.Model, signature: Signature, folder: Path) -> None:
         if layer.built and not layer.weights and not list(_children(layer)):
             archive.track(layer)  # It may hold a lookup table.
     archive.add_endpoint("serve", serve, signature.inputs)
-    archive.write_out(str(folder), verbose=False)
+    try:
+        archive.write_out(str(folder), verbose=False)
+    except tf.errors.OpError as error:  # TensorFlow writes the files, and has no OSError.
+        raise OSError(
+            f"The SavedModel cannot be written. Received: {type(error).__name__}: {error.message} "
+            "Make room, or choose another path."
+        ) from error
 
 
 def _difference(model: keras.Model, signature: Signature, folder: Path, inputs: Any) -> float:

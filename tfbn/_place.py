@@ -1,6 +1,7 @@
 """Putting a directory in its place whole, or not at all."""
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import shutil
@@ -8,14 +9,19 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+"""Of Linux: relative to the current directory; and both names must exist, and are swapped."""
+
 
 @contextlib.contextmanager
 def placed(path: Path, overwrite: bool, is_ours: Callable[[str], bool]) -> Iterator[Path]:
     """A directory to write into, which is moved to its place when the block ends without an error.
 
-    It lies in a hidden directory beside the place. If the block raises, all of it is removed. If the process
-    is killed, it is left behind, and the next call for the same place removes it; should the kill have hit
-    between the two renames that exchange old and new, that call puts the old one back first.
+    It lies in a hidden directory beside the place, named `.NAME.*.tmp`. If the block raises, all of it is
+    removed. If the process is killed, it is left behind, and the next call for the same place removes it.
+
+    Where the system can swap two directories at once, there is one in the place at any time. Elsewhere old
+    and new are exchanged by two renames; should a kill hit in between, the next call puts the old one back.
 
     Args:
         path: The place.
@@ -35,14 +41,15 @@ def placed(path: Path, overwrite: bool, is_ours: Callable[[str], bool]) -> Itera
             new.mkdir()
             yield new
             _require_free(path, overwrite, is_ours)
-            if path.is_dir() and any(path.iterdir()):
-                path.rename(old)
-            try:
-                new.rename(path)
-            except OSError:
-                if old.exists():
-                    old.rename(path)
-                raise
+            if not (path.exists() and _swap(new, path)):
+                if path.exists():
+                    path.rename(old)
+                try:
+                    new.rename(path)
+                except OSError:
+                    if old.exists():
+                        old.rename(path)
+                    raise
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
 
@@ -60,6 +67,16 @@ def _require_free(path: Path, overwrite: bool, is_ours: Callable[[str], bool]) -
             f"A SavedModel is there already. Received: path='{path}', overwrite=False. "
             "Choose another path, or pass overwrite=True to replace it."
         )
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Exchanges two directories at once, if the system and the file system can; whether they did."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2  # Python has no name for it.
+    except (AttributeError, OSError):
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
 
 
 @contextlib.contextmanager
