@@ -128,7 +128,7 @@ class Networks:
         steps: int,
         batch_size: int = 60,
         at: Sequence[int] = (),
-        call: Callable[[int], None] | None = None,
+        call: Callable[[int], bool | None] | None = None,
     ) -> None:
         """Takes steps, each with a mini-batch of its own for each seed, and goes on where it was left.
 
@@ -136,15 +136,15 @@ class Networks:
             steps: How many.
             batch_size: Examples of a mini-batch.
             at: After how many of these steps `call(step)` is to be called; 0 is before the first.
-            call: What records.
+            call: What records. Where it returns True, the training is over.
         """
         due = set(at)
         if 0 in due and call is not None:
             call(0)
 
         def after(batch: int, logs: Any) -> None:
-            if batch + 1 in due and call is not None:
-                call(batch + 1)
+            if batch + 1 in due and call is not None and call(batch + 1):
+                self.model.stop_training = True
 
         callbacks = [keras.callbacks.LambdaCallback(on_train_batch_end=after)] if due else []
         rows = np.stack(
@@ -176,6 +176,22 @@ class Networks:
             return [self.each(output) for output in tf.nest.flatten(outputs)]
 
         return look
+
+    def gradients(self, variables: Sequence[keras.Variable], rows: np.ndarray) -> list[np.ndarray]:
+        """Of each network's own loss on these examples of the training set, taken as one mini-batch.
+
+        The moving statistics stay as they are.
+
+        Returns:
+            For each variable (networks, values).
+        """
+        images, labels = (part[rows] for part in self.setting.train)
+        labels = np.repeat(labels[:, np.newaxis], self.number, axis=1)
+        with tfbn.pause_statistics(self.model), tf.GradientTape() as tape:
+            logits = self.model(self.spread(images), training=True)
+            loss = tf.reduce_mean(self._sum_of_losses(labels, logits))
+        gradients = tape.gradient(loss, [variable.value for variable in variables])
+        return [np.reshape(gradient, (self.number, -1)) for gradient in gradients]
 
     def spread(self, images: np.ndarray | tf.Tensor) -> tf.Tensor:
         """Gives every network the same images: (batch, pixels) → (batch, networks·pixels)."""
