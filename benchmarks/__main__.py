@@ -22,7 +22,11 @@ DEFAULT_OUTPUT = Path("build/benchmarks")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
+    run(parse(arguments))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures, and writes JSON, Markdown and a picture to the directory ``options.output``."""
     threads = options.threads or _cores()
     settings = Settings(
         turns=3 if options.quick else 7,
@@ -30,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         threads=threads,
         keep_memory=options.malloc == "keep",
     )
-    run: dict[str, Any] = {
+    found: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "contenders": list(options.contenders),
         "settings": {"turns": settings.turns, "seconds": settings.seconds},
@@ -40,23 +44,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(f"error: nobody to measure: {race.left_out}")
         chosen = selection(options, on_gpu=race.device["device"] == "gpu")
         with environment.variables(environment.of_workers(threads, settings.keep_memory)):
-            run["environment"] = environment.described(threads) | race.device
+            found["environment"] = environment.described(threads) | race.device
         for name, why in race.left_out.items():
             print(f"left out: {name}: {why}", flush=True)
-        run["results"] = race.run(chosen, lambda result: print(line(result), flush=True))
-        run["left_out"] = race.left_out
-    run["contenders"] = [n for n in options.contenders if n not in run["left_out"]]
-    name = run["environment"]["device"]
-    results.save(run, options.output / f"{name}.json")
-    run = results.load(options.output / f"{name}.json")  # All else is made from what is kept.
-    (options.output / f"{name}.md").write_text(tables.document(run))
+        found["results"] = race.run(chosen, lambda result: print(line(result), flush=True))
+        found["left_out"] = race.left_out
+    found["contenders"] = [n for n in options.contenders if n not in found["left_out"]]
+    name = found["environment"]["device"]
+    results.save(found, options.output / f"{name}.json")
+    found = results.load(options.output / f"{name}.json")  # All else is made from what is kept.
+    (options.output / f"{name}.md").write_text(tables.document(found))
     try:
         from benchmarks import picture
     except ImportError as error:
         print(f"no picture: {error}. Install it: pip install 'tfbn[plots]'", file=sys.stderr)
     else:
-        picture.draw(run, options.output / f"{name}.png")
-    print(f"\n{bars.summary(run)}\n\nresults: {options.output}/{name}.json, .md, .png")
+        picture.draw(found, options.output / f"{name}.png")
+    print(f"\n{bars.summary(found)}\n\nresults: {options.output}/{name}.json, .md, .png")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -25,6 +25,7 @@ from benchmarks import (
     data,
     environment,
     floor,
+    gpu,
     models,
     race,
     readme,
@@ -213,7 +214,7 @@ def test_a_model_computes_the_same_with_either_layer():
 
 
 def test_in_a_model_every_normalization_is_replaced():
-    model, _ = models._built(tfbn.BatchNormalization, keras, "ResNet20", "float32")
+    model, _ = models.built(tfbn.BatchNormalization, keras, "ResNet20", "float32")
     kinds = [type(layer) for layer in model.layers]
     # One after each of 19 convolutions, and in the two shortcuts that change the size.
     assert kinds.count(tfbn.BatchNormalization) == 21
@@ -417,3 +418,24 @@ def test_a_run_of_everything_has_every_part_of_the_plan():
         "bfloat16",
         "float16",
     }
+
+
+def test_what_a_gpu_is_for_ends_with_how_many_tests_passed_failed_and_were_skipped(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_passes(): pass\n"
+        "def test_fails(): assert False\n"
+        "@pytest.fixture\n"
+        "def broken(): raise ValueError\n"
+        "def test_errs(broken): pass\n"
+        "@pytest.mark.skip\n"
+        "def test_skipped(): pass\n"
+    )
+    arguments = [str(tmp_path), f"--rootdir={tmp_path}", "-p", "no:cacheprovider"]
+    assert gpu.tested(arguments, tmp_path / "report.xml") == {
+        "passed": 1,
+        "failed": 2,
+        "skipped": 1,
+    }
+    with pytest.raises(RuntimeError, match="exit code 5"):  # pytest's: there was no test
+        gpu.tested([*arguments, "-k", "nothing"], tmp_path / "none.xml")
