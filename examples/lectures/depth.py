@@ -1,0 +1,101 @@
+"""Depth.
+
+Networks of 2 to 50 hidden layers of 50 units, trained by Adam: sigmoids with small Gaussian weights as in the
+original experiment, and ReLUs with He's weights, which were made for deep networks without batch norm. All are
+trained at three learning rates, and shown at the one that is best for their kind and depth.
+
+L10: very deep networks become trainable, and training takes fewer steps to a given accuracy.
+"""
+
+import numpy as np
+
+from examples.lectures import style
+from examples.lectures.networks import Networks
+from examples.lectures.result import Claim, Result, bands, first_step, ratio
+from examples.lectures.setting import Setting
+from examples.models import Hidden
+
+DEPTHS = (2, 5, 10, 20, 50)
+RATES = (0.001, 0.003, 0.01)
+GOAL = 0.9
+GAINS = {"sigmoid": 1.0, "relu": np.sqrt(2)}
+NORMS = {"with": "tfbn", "without": "none"}
+
+
+def run(setting: Setting) -> Result:
+    depths, steps = setting.pick(DEPTHS, (2, 3)), setting.pick(300, 60)
+    to_goal = {
+        activation: {
+            kind: np.stack([fastest(setting, activation, norm, d, steps) for d in depths], axis=-1)
+            for kind, norm in NORMS.items()
+        }
+        for activation in GAINS
+    }
+    claims, seen = [], []
+    for activation, found in to_goal.items():
+        deepest = {k: np.where(np.isfinite(f), depths, 0).max(axis=-1) for k, f in found.items()}
+        faster = ratio(found["without"], found["with"])
+        claims.append(
+            Claim(
+                "L10",
+                f"Deeper {activation} networks become trainable",
+                f"hidden layers of the deepest that reaches 90 % in {steps} steps, with minus without",
+                deepest["with"] - deepest["without"],
+                above=0,
+            )
+        )
+        claims += [
+            Claim(
+                "L10",
+                f"{activation} networks of {depth} hidden layers take fewer steps",
+                "steps to 90 %, without ÷ with (1 where neither gets there)",
+                faster[:, index],
+                above=1,
+            )
+            for index, depth in enumerate(depths)
+        ]
+        counts = {k: ", ".join(f"{n:.0f}" for n in bands(f)[1]) for k, f in found.items()}
+        seen.append(
+            f"With {', '.join(map(str, depths))} hidden layers of {activation} units, the median network reads "
+            f"90 % of the test digits after {counts['with']} steps with batch norm and "
+            f"{counts['without']} without (inf: not within {steps})."
+        )
+    numbers = {"depths": depths, "steps": steps, "to_goal": to_goal}
+    return Result("Depth", claims, " ".join(seen), numbers, setting.to_dict())
+
+
+def fastest(setting: Setting, activation: str, norm: str, depth: int, steps: int) -> np.ndarray:
+    """Steps to the goal at the best of the rates: (seeds,)."""
+    networks = Networks(setting, Hidden(norm=norm, activation=activation), [50] * depth, "adam")
+    at = range(5, steps + 1, 5)
+
+    def record(step: int) -> bool:
+        accuracy.append(networks.accuracy())
+        return bool(np.all(np.max(accuracy, axis=0) >= GOAL))
+
+    found = []
+    for rate in setting.pick(RATES, RATES[-1:]):
+        accuracy = []
+        networks.begin(learning_rate=rate, gain=GAINS[activation])
+        networks.train(steps, at=at, call=record)
+        found.append(first_step(at[: len(accuracy)], np.stack(accuracy, axis=-1), GOAL))
+    return min(found, key=np.median)
+
+
+def draw(result: Result) -> style.Figure:
+    numbers = result.numbers
+    depths, never = numbers["depths"], 2 * numbers["steps"]
+    figure = style.figure(3.4)
+    for axes, activation in zip(figure.subplots(1, 2, sharey=True), GAINS, strict=True):
+        for kind, look in (("with", style.WITH), ("without", style.WITHOUT)):
+            found = np.minimum(numbers["to_goal"][activation][kind], never)
+            style.band(axes, depths, found, **look)
+        axes.axhline(numbers["steps"], color=style.BLACK, linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_xticks(depths, depths, minor=False)
+        axes.set_xticks([], minor=True)
+        axes.set_yscale("log")
+        style.label(axes, "hidden layers", "training steps to 90 %", f"{activation} units")
+    axes.annotate("not within the training", (depths[0], never), va="center")
+    axes.legend()
+    return figure
