@@ -22,7 +22,8 @@ written by hand it computed the same products several times. The formulas run on
 axes as can be, in which XLA reduces twice as fast.
 
 The formula computes in float32. A large half-precision tensor is copied for it only where nothing
-else serves: under a mask.
+else serves, under a mask and for statistics over replicas, and the copy is not kept for the
+backward pass.
 
 Derivatives of derivatives are always those of the formula: the fused kernel's own second derivative
 is neither complete nor needed often.
