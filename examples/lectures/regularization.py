@@ -1,0 +1,104 @@
+"""Noise as a regularizer.
+
+L13: the noise of the statistics regularizes slightly; a larger mini-batch makes the effect smaller, and batch
+norm is not to be used as a regularizer.
+
+A smaller mini-batch makes the gradient noisier too. So that only the statistics differ, all networks learn from
+batches of 256, of which each group of m examples is normalized by itself, as if it were a mini-batch of m.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+import tfbn
+from examples.lectures import style
+from examples.lectures.networks import Networks
+from examples.lectures.result import Claim, Result, bands
+from examples.lectures.setting import Images, Setting
+
+BATCH = 256
+SIZES = (4, 8, 16, 32, 64, 128, BATCH)
+
+
+def run(setting: Setting) -> Result:
+    sizes, records = setting.pick(SIZES, SIZES[::3]), []
+    for size in sizes:
+        networks = Networks(setting, normalized_in_groups_of(size))
+        networks.begin(learning_rate=0.3)
+        networks.train(setting.pick(500, 5), BATCH)
+        sets = (setting.train, setting.test)
+        losses = [cross_entropy(networks, images) for images in sets]
+        records.append([*losses, 100 * networks.accuracy()])
+    training, test, accuracy = np.transpose(records, (1, 2, 0))  # (seeds, sizes) each
+    gap = test - training
+    per_doubling = [np.polyfit(np.log2(sizes), one, 1)[0] for one in gap]
+    gained = accuracy[:, :-1].max(axis=1) - accuracy[:, -1]
+    claims = [
+        Claim(
+            "L13",
+            "The noise regularizes, and a larger mini-batch makes the effect smaller",
+            "growth of the gap, test loss minus training loss, with each doubling of m",
+            per_doubling,
+            unit="nats",
+            above=0,
+        ),
+        Claim(
+            "L13",
+            "The effect is slight, and no substitute for a regularizer",
+            f"test accuracy gained by the best m over m = {BATCH}",
+            gained,
+            unit="% points",
+            at_most=1,
+        ),
+    ]
+    gaps, losses = bands(gap)[1], bands(test)[1]
+    best = int(losses.argmin())
+    seen = (
+        f"Normalized in groups of {sizes[0]} the median network has a gap of {gaps[0]:.4f} nats between the training "
+        f"and the test set, and normalized by the whole batch of {BATCH} one of {gaps[-1]:.4f}. The test loss is "
+        f"lowest with groups of {sizes[best]}, {losses[best]:.4f} nats, against {losses[-1]:.4f} with {BATCH} and "
+        f"{losses[0]:.4f} with {sizes[0]}."
+    )
+    numbers = {"sizes": sizes, "training": training, "test": test, "accuracy": accuracy}
+    return Result("Noise as a regularizer", claims, seen, numbers, setting.to_dict())
+
+
+def normalized_in_groups_of(size: int) -> Callable[..., Any]:
+    """How `Networks` is to build a hidden layer."""
+
+    def hidden(a: Any, linear: Callable[..., Any], width: int) -> Any:
+        normalize = tfbn.BatchNormalization(momentum=0.9, virtual_batch_size=size)
+        return keras.layers.Activation("sigmoid")(normalize(linear(width, use_bias=False)(a)))
+
+    return hidden
+
+
+def cross_entropy(networks: Networks, images: Images) -> np.ndarray:
+    """The mean loss of each network in inference mode."""
+    (logits,) = networks.probe([networks.model])(images.images)
+    labels = np.tile(images.labels, (networks.number, 1))
+    losses = keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
+    return losses.numpy().mean(axis=1)
+
+
+def draw(result: Result) -> style.Figure:
+    figure = style.figure()
+    losses, gap = figure.subplots(1, 2)
+    numbers, sizes = result.numbers, result.numbers["sizes"]
+    training, test = np.array(numbers["training"]), np.array(numbers["test"])
+    style.band(losses, sizes, test, **style.WITHOUT | {"label": "test set"})
+    style.band(losses, sizes, training, **style.WITH | {"label": "training set"})
+    style.band(gap, sizes, test - training, color=style.BLACK, marker="D")
+    losses.legend()
+    losses.set_ylim(bottom=0)
+    x = "examples normalized together, m"
+    style.label(losses, x, "cross-entropy (nats)", "Loss after training")
+    style.label(gap, x, "cross-entropy (nats)", "Gap: test set minus training set")
+    for axes in (losses, gap):
+        axes.set_xscale("log")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+    return figure
