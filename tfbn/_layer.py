@@ -29,6 +29,19 @@ class BatchNormalization(keras.layers.Layer):
     A batch without any value that counts (empty, fully masked), or whose statistics are not finite,
     leaves the moving statistics as they were.
 
+    Under a ``tf.distribute`` strategy every replica holds the same moving statistics, to the bit, after
+    every step. By default each replica :math:`r` normalizes by its own share of the batch, and the moving
+    statistics follow the averages over replicas, :math:`\sum_r n_r \mu_r / n` and
+    :math:`\sum_r n_r \sigma_r^2 / n`: the variance *within* replicas, without the spread of their
+    means, since that is what training normalizes by and inference should expect. That is one
+    all-reduce a call. With ``synchronized=True`` the batch is that of all replicas together: forward one
+    all-reduce of count, mean and variance (two on more than 16 replicas, one more with ``renorm``), merged by
+    the formula of Chan, Golub and LeVeque, and backward one of the two sums of the gradient, which is that
+    of the global batch; the gradients of gamma and beta are each replica's share of it, since optimizers add
+    them up. Shares may be unequal, empty or masked. A share that is not finite moves nothing on any replica.
+    Replicas cannot meet inside of a ``tf.cond``, a loop or a ``tf.function`` within ``strategy.run``: a call
+    in training mode there raises.
+
     Args:
         axis: The axis of the channels, or a list of axes: each combination of their indices is a
             channel. The weights have the shape of these axes, ascending.
@@ -51,8 +64,8 @@ class BatchNormalization(keras.layers.Layer):
             limits of the corrections.
         renorm_momentum: With ``renorm``: momentum of the statistics that the corrections pull
             towards.
-        synchronized: Accepted and kept in the config, as Keras's argument; as yet it does nothing:
-            each replica of a ``tf.distribute`` strategy normalizes by its own share of the batch.
+        synchronized: Whether the replicas of a ``tf.distribute`` strategy normalize by the statistics
+            of the global batch. On one replica it makes no difference.
         virtual_batch_size: Number of examples that are normalized together (ghost batch
             normalization): the batch is cut into groups of this size, each with its own statistics,
             of which the moving statistics take the average. The batch size must be a multiple of
@@ -85,10 +98,13 @@ class BatchNormalization(keras.layers.Layer):
         ValueError: For an argument out of range; contradictory arguments; an axis that the input
             does not have, the batch axis, or an axis of unknown size; another rank or number of
             channels than at build; a mask that does not broadcast.
+        RuntimeError: For a call in training mode where replicas cannot meet.
         tf.errors.InvalidArgumentError: When the batch size, known only as the graph runs, is no
             multiple of ``virtual_batch_size``.
 
     References:
+        - Chan, Golub and LeVeque, Algorithms for computing the sample variance. The American
+          Statistician 37(3), 1983.
         - Ioffe and Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015.
         - Ioffe, `Batch Renormalization <https://arxiv.org/abs/1702.03275>`_, 2017.
         - Hoffer, Hubara and Soudry, `Train longer, generalize better
@@ -296,10 +312,14 @@ class BatchNormalization(keras.layers.Layer):
         else:
             nothing = tf.zeros(self.moving_mean.shape, statistics_dtype(x.dtype))
             count = tf.zeros([], nothing.dtype) if mask is None else nothing
+
+            def own() -> tuple[tf.Tensor, Moments]:
+                y, moments = self._by_own_statistics(x, mask)
+                # TensorFlow would differentiate what leaves a branch, and fail.
+                return y, Moments(*map(tf.stop_gradient, moments))
+
             y, moments = tf.cond(
-                training,
-                lambda: self._by_own_statistics(x, mask),
-                lambda: (self._infer(x), Moments(count, nothing, nothing)),
+                training, own, lambda: (self._infer(x), Moments(count, nothing, nothing))
             )
         self._learn(moments)
         return y

@@ -12,6 +12,10 @@ import tensorflow as tf
 
 from tfbn._moments import Moments, join
 
+# Up to this many replicas, moments are joined in one all-reduce, of a row for each of them. Beyond, the rows
+# would weigh more than the latency of a second one (`benchmarks/scaling.py` has the model).
+FEW = 16
+
 
 def number() -> int:
     """How many replicas run the current code together: 1 where it does not run in ``strategy.run``."""
@@ -46,7 +50,7 @@ def pooled(batches: Sequence[Moments]) -> list[Moments]:
 
 
 def joined(shift: tf.Tensor, relative: Moments) -> tuple[tf.Tensor, Moments]:
-    """The moments of the values of all replicas together, in one all-reduce.
+    """The moments of the values of all replicas together, in one all-reduce (two of more than `FEW`).
 
     Args:
         shift: What the mean on this replica is relative to.
@@ -55,6 +59,8 @@ def joined(shift: tf.Tensor, relative: Moments) -> tuple[tf.Tensor, Moments]:
     Returns:
         Another shift and the moments relative to it, the same on every replica, to the bit.
     """
+    if number() > FEW:
+        return _joined_in_two(shift, relative)
     context = tf.distribute.get_replica_context()
     here = tf.range(number()) == context.replica_id_in_sync_group
 
@@ -64,6 +70,18 @@ def joined(shift: tf.Tensor, relative: Moments) -> tuple[tf.Tensor, Moments]:
 
     count, shifts, mean, variance = summed([row(v) for v in (relative.count, shift, *relative[1:])])
     return join(shifts, Moments(count, mean, variance))
+
+
+def _joined_in_two(shift: tf.Tensor, relative: Moments) -> tuple[tf.Tensor, Moments]:
+    """First a common shift, then the moments around it: as many numbers for any number of replicas."""
+    n, offset, variance = relative
+    count, total = summed([n, _total(n, shift + offset)])
+    # Rounded, but near the mean and the same everywhere: all that a shift has to be.
+    common = tf.stop_gradient(tf.math.divide_no_nan(total, count))
+    mean = (shift - common) + offset
+    sums = summed([_total(n, mean), _total(n, variance + tf.square(mean))])
+    mean, square = (tf.math.divide_no_nan(value, count) for value in sums)
+    return common, Moments(count, mean, tf.maximum(square - tf.square(mean), 0))
 
 
 def summed(values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
