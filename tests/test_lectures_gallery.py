@@ -21,7 +21,7 @@ def gallery(tmp_path_factory):
     return tmp_path_factory.mktemp("lectures")
 
 
-@pytest.mark.parametrize("name", ["original", "hyperparameters", "depth", "contours"])
+@pytest.mark.parametrize("name", ["one_line", "original", "hyperparameters", "depth", "contours"])
 def test_an_experiment_leaves_a_picture_numbers_and_its_part_of_the_page(name, gallery, capsys):
     command.main([name, "--quick", "--seeds", "2", "--out", str(gallery)])
     picture = gallery / "gallery" / f"{name}.png"

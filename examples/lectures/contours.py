@@ -95,18 +95,18 @@ def draw(result: Result) -> style.Figure:
             values = 100 * found[way][:, moment]
             style.band(axes, numbers["lengths"], values, **look | {"marker": ""})
         style.band(elongation, numbers["steps"], found["elongation"], **look)
-    for axes, title in ((downhill, "(a) down the gradient"), (random, "(b) random direction")):
+    for axes, title in ((downhill, "(a) down the gradient"), (random, "(b) in a random direction")):
         axes.set_xscale("log")
-        axes.set_ylim(0, 200)
-        title = f"{title}, after {numbers['steps'][moment]} steps"
-        style.label(axes, "length of step ÷ length of weights", "loss there ÷ loss here (%)", title)
+        axes.set_ylim(50, 150)
+        here = f"loss ÷ loss after {numbers['steps'][moment]} steps (%)"
+        style.label(axes, "length of step ÷ length of weights", here, title)
     elongation.set_xscale("symlog", linthresh=10)
     elongation.set_ylim(bottom=0)
     elongation.legend()
     style.label(
         elongation,
         "training steps",
-        "largest eigenvalue ÷ their root mean square",
+        "largest eigenvalue ÷ RMS of all",
         "(c) elongation of the contours",
     )
     return figure

@@ -15,7 +15,7 @@ import numpy as np
 
 from examples.lectures import style
 from examples.lectures.networks import Networks
-from examples.lectures.result import Claim, Result, bands, first_step, ratio
+from examples.lectures.result import Claim, Result, bands, first_step, number, ratio
 from examples.lectures.setting import Setting
 from examples.models import Hidden
 
@@ -47,7 +47,7 @@ def run(setting: Setting) -> Result:
     claims = [Claim(lecture, *CLAIMS[lecture], *found[lecture]) for lecture in CLAIMS]
     seen = " ".join(
         f"{name} batch norm, at rate {of['rate']:g}, the median network reads 90 % of the test digits after "
-        f"{bands(of['to_goal'])[1]:.0f} steps and {100 * np.median(of['accuracy'][:, -1]):.1f} % after {steps}, "
+        f"{number(bands(of['to_goal'])[1])} steps and {100 * np.median(of['accuracy'][:, -1]):.1f} % after {steps}, "
         "and the median input of a unit in its last hidden layer strays by "
         f"{np.median(of['stray']):.2f} of the distance between the outer percentiles."
         for name, of in (("With", normal), ("Without", plain))

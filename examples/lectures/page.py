@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from examples.lectures.result import Claim, Result
+from examples.lectures.result import Claim, Result, number
 
 HEAD = """# The lectures, seen
 
@@ -72,16 +72,3 @@ def wanted(claim: Claim) -> str:
     if claim.above == -math.inf:
         return at_most if claim.at_most == 0 else f"at most {at_most}"
     return f"above {above}" + ("" if at_most == "∞" else f", at most {at_most}")
-
-
-def number(value: float) -> str:
-    """Three digits, fewer where they say nothing."""
-    if math.isinf(value) or math.isnan(value):
-        return str(value).replace("inf", "∞").replace("-", "−")
-    if value == round(value) and abs(value) < 1e5:
-        return f"{value:.0f}".replace("-", "−")
-    if not 1e-3 <= abs(value) < 1e5:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa}·10^{int(exponent)}".replace("-", "−")
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:.{min(digits, 3)}f}".replace("-", "−")

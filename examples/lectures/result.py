@@ -88,7 +88,7 @@ class Result:
     @classmethod
     def load(cls, path: Path) -> "Result":
         """Reads it back; the verdicts are computed anew."""
-        content = _number(json.loads(path.read_text()))
+        content = _parsed(json.loads(path.read_text()))
         names = {field.name for field in dataclasses.fields(Claim)}
         content["claims"] = [
             Claim(**{name: value for name, value in entry.items() if name in names})
@@ -126,6 +126,19 @@ def first_step(steps: Sequence[int], accuracy: Any, goal: float) -> np.ndarray:
     return np.where(there.any(-1), np.asarray(steps, float)[there.argmax(-1)], np.inf)
 
 
+def number(value: float) -> str:
+    """As text: three digits, fewer where they say nothing."""
+    if math.isinf(value) or math.isnan(value):
+        return str(value).replace("inf", "∞").replace("-", "−")
+    if value == round(value) and abs(value) < 1e5:
+        return f"{value:.0f}".replace("-", "−")
+    if not 1e-3 <= abs(value) < 1e5:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa}·10^{int(exponent)}".replace("-", "−")
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{min(digits, 3)}f}".replace("-", "−")
+
+
 def _plain(content: Any) -> Any:
     """As JSON can hold it: ∞ and NaN as text, numbers with six digits."""
     if isinstance(content, dict):
@@ -141,10 +154,10 @@ def _plain(content: Any) -> Any:
     return content
 
 
-def _number(value: Any) -> Any:
+def _parsed(value: Any) -> Any:
     """Turns the texts of ∞ and NaN back."""
     if isinstance(value, dict):
-        return {name: _number(part) for name, part in value.items()}
+        return {name: _parsed(part) for name, part in value.items()}
     if isinstance(value, list):
-        return [_number(part) for part in value]
+        return [_parsed(part) for part in value]
     return float(value) if isinstance(value, str) and value in ("inf", "-inf", "nan") else value

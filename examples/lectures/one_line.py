@@ -1,0 +1,99 @@
+"""One line of a framework.
+
+The program that builds a network, run as it stands and without its line of batch norm: 3 hidden layers of 100
+sigmoid units, Adam as Keras has it, batches of 60.
+
+L8: a user gets batch norm in one line of a framework.
+"""
+
+import keras
+import numpy as np
+
+import tfbn
+from examples.lectures import style
+from examples.lectures.result import Claim, Result
+from examples.lectures.setting import Setting
+
+PROGRAM = """\
+model = keras.Sequential()
+for width in (100, 100, 100):
+    model.add(keras.layers.Dense(width))
+    model.add(tfbn.BatchNormalization(momentum=0.9))
+    model.add(keras.layers.Activation("sigmoid"))
+model.add(keras.layers.Dense(10))
+"""
+
+
+def run(setting: Setting) -> Result:
+    whole = PROGRAM.splitlines()
+    programs = {"with": whole, "without": [line for line in whole if "tfbn" not in line]}
+    epochs = setting.pick(10, 2)
+    accuracy = {
+        key: 100 * np.array([train(setting, lines, s, epochs) for s in range(setting.seeds)])
+        for key, lines in programs.items()
+    }
+    gain = (accuracy["with"] - accuracy["without"])[:, -1]
+    lines = len(programs["with"]) - len(programs["without"])
+    claims = [
+        Claim("L8", "It takes one line", "lines added", [lines] * setting.seeds, at_most=1),
+        Claim(
+            "L8",
+            "That line does all that is needed",
+            f"test accuracy after {epochs} epochs, with minus without",
+            gain,
+            unit="% points",
+            above=0,
+        ),
+    ]
+    seen = (
+        f"The median network of the program of {len(programs['with'])} lines reads "
+        f"{np.median(accuracy['with'][:, 0]):.1f} % of the test digits after the first epoch and "
+        f"{np.median(accuracy['with'][:, -1]):.1f} % after {epochs}. That of the program of "
+        f"{len(programs['without'])} lines reads {np.median(accuracy['without'][:, 0]):.1f} % and "
+        f"{np.median(accuracy['without'][:, -1]):.1f} %."
+    )
+    numbers = {"program": whole, "accuracy": accuracy}
+    return Result("One line of a framework", claims, seen, numbers, setting.to_dict())
+
+
+def train(setting: Setting, program: list[str], seed: int, epochs: int) -> list[float]:
+    """The test accuracy of the program's network after each epoch."""
+    scope = {"keras": keras, "tfbn": tfbn}
+    keras.utils.set_random_seed(seed)
+    exec("\n".join(program), scope)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    loop = tfbn.TrainingLoop(scope["model"], "adam", loss, metrics=["accuracy"])
+    history = loop.fit(
+        tuple(setting.train),
+        validation_data=tuple(setting.test),
+        epochs=epochs,
+        batch_size=60,
+        seed=seed,
+        verbose=0,
+    )
+    return history.history["val_accuracy"]
+
+
+def draw(result: Result) -> style.Figure:
+    figure = style.figure(3.2)
+    text, axes = figure.subplots(1, 2, width_ratios=(1.3, 1))
+    text.axis("off")
+    program = result.numbers["program"]
+    for row, line in enumerate(program):
+        added = "tfbn" in line
+        text.text(
+            0,
+            0.85 - 0.12 * row,
+            line,
+            family="monospace",
+            fontsize=9,
+            color=style.BLUE if added else style.BLACK,
+            weight="bold" if added else "normal",
+        )
+    for key, look in (("with", style.WITH), ("without", style.WITHOUT)):
+        curves = np.array(result.numbers["accuracy"][key])
+        label = "with the blue line" if key == "with" else "without it"
+        style.band(axes, range(1, curves.shape[1] + 1), curves, **look | {"label": label})
+    axes.legend(loc="center right")
+    style.label(axes, "epochs", "test accuracy (%)")
+    return figure
