@@ -10,13 +10,19 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 EXPERIMENTS = [
+    "one_line",
     "original",
     "hyperparameters",
     "depth",
     "contours",
     "covariate_shift",
+    "shifted_input",
     "noise",
+    "regularization",
     "test_time",
+    "moving_average",
+    "placement",
+    "bias",
     "parameters",
 ]
 

@@ -38,9 +38,9 @@ def run(setting: Setting) -> Result:
         for name, (claim, measured) in CLAIMS.items()
     ]
     seen = " ".join(
-        f"{name} batch norm, the Hessian's largest eigenvalue in the median network is {ends(of['largest'])}, that is "
-        f"{ends(of['elongation'])} times the root mean square (RMS) of all; the best of all steps along the gradient "
-        f"leaves {ends(100 * of['left'])} % of the loss."
+        f"{name} batch norm, {at[-1]} steps take the Hessian's largest eigenvalue in the median network from "
+        f"{ends(of['largest'])}, and its ratio to the root mean square (RMS) of all from {ends(of['elongation'])}; "
+        f"what the best of all steps along the gradient leaves goes from {ends(100 * of['left'])} % of the loss."
         for name, of in (("With", normal), ("Without", plain))
     )
     numbers = {"steps": at, "lengths": LENGTHS, "with": normal, "without": plain}
@@ -49,7 +49,7 @@ def run(setting: Setting) -> Result:
 
 def ends(values: np.ndarray) -> str:
     first, *_, last = np.median(values, axis=0)
-    return f"{first:.3g} before and {last:.3g} after the training"
+    return f"{first:.3g} to {last:.3g}"
 
 
 def train(setting: Setting, norm: str, at: list[int]) -> dict[str, np.ndarray]:

@@ -11,19 +11,19 @@ import numpy as np
 
 from examples.lectures import style
 from examples.lectures.networks import Networks
-from examples.lectures.result import Claim, Result, bands, first_step, ratio
+from examples.lectures.result import Claim, Result, bands, first_step, number, ratio
 from examples.lectures.setting import Setting
 from examples.models import Hidden
 
 DEPTHS = (2, 5, 10, 20, 50)
 RATES = (0.001, 0.003, 0.01)
 GOAL = 0.9
-GAINS = {"sigmoid": 1.0, "relu": np.sqrt(2)}
+GAINS = {"sigmoid": 1.0, "ReLU": np.sqrt(2)}
 NORMS = {"with": "tfbn", "without": "none"}
 
 
 def run(setting: Setting) -> Result:
-    depths, steps = setting.pick(DEPTHS, (2, 3)), setting.pick(300, 60)
+    depths, steps = setting.pick(DEPTHS, (2, 3)), setting.pick(200, 60)
     to_goal = {
         activation: {
             kind: np.stack([fastest(setting, activation, norm, d, steps) for d in depths], axis=-1)
@@ -54,11 +54,11 @@ def run(setting: Setting) -> Result:
             )
             for index, depth in enumerate(depths)
         ]
-        counts = {k: ", ".join(f"{n:.0f}" for n in bands(f)[1]) for k, f in found.items()}
+        counts = {kind: ", ".join(map(number, bands(f)[1])) for kind, f in found.items()}
         seen.append(
             f"With {', '.join(map(str, depths))} hidden layers of {activation} units, the median network reads "
-            f"90 % of the test digits after {counts['with']} steps with batch norm and "
-            f"{counts['without']} without (inf: not within {steps})."
+            f"90 % of the test digits after {counts['with']} steps with batch norm and after "
+            f"{counts['without']} without (∞: not within {steps})."
         )
     numbers = {"depths": depths, "steps": steps, "to_goal": to_goal}
     return Result("Depth", claims, " ".join(seen), numbers, setting.to_dict())
@@ -66,8 +66,10 @@ def run(setting: Setting) -> Result:
 
 def fastest(setting: Setting, activation: str, norm: str, depth: int, steps: int) -> np.ndarray:
     """Steps to the goal at the best of the rates: (seeds,)."""
-    networks = Networks(setting, Hidden(norm=norm, activation=activation), [50] * depth, "adam")
-    at = range(5, steps + 1, 5)
+    networks = Networks(
+        setting, Hidden(norm=norm, activation=activation.lower()), [50] * depth, "adam"
+    )
+    at = np.unique(np.geomspace(5, steps, 30).round().astype(int)).tolist()
 
     def record(step: int) -> bool:
         accuracy.append(networks.accuracy())
@@ -85,6 +87,7 @@ def fastest(setting: Setting, activation: str, norm: str, depth: int, steps: int
 def draw(result: Result) -> style.Figure:
     numbers = result.numbers
     depths, never = numbers["depths"], 2 * numbers["steps"]
+    ticks = [step for step in (10, 20, 50, 100, 200, 500) if step <= numbers["steps"]]
     figure = style.figure(3.4)
     for axes, activation in zip(figure.subplots(1, 2, sharey=True), GAINS, strict=True):
         for kind, look in (("with", style.WITH), ("without", style.WITHOUT)):
@@ -92,10 +95,10 @@ def draw(result: Result) -> style.Figure:
             style.band(axes, depths, found, **look)
         axes.axhline(numbers["steps"], color=style.BLACK, linewidth=0.8)
         axes.set_xscale("log")
-        axes.set_xticks(depths, depths, minor=False)
-        axes.set_xticks([], minor=True)
         axes.set_yscale("log")
+        axes.set_xticks(depths, depths)
+        axes.set_yticks([*ticks, never], [*ticks, f"over {numbers['steps']}"])
+        axes.minorticks_off()
         style.label(axes, "hidden layers", "training steps to 90 %", f"{activation} units")
-    axes.annotate("not within the training", (depths[0], never), va="center")
     axes.legend()
     return figure

@@ -94,6 +94,6 @@ def draw(result: Result) -> style.Figure:
         curves = np.array(result.numbers["accuracy"][key])
         label = "with the blue line" if key == "with" else "without it"
         style.band(axes, range(1, curves.shape[1] + 1), curves, **look | {"label": label})
-    axes.legend(loc="center right")
+    axes.legend(loc="lower right")
     style.label(axes, "epochs", "test accuracy (%)")
     return figure

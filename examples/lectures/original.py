@@ -107,6 +107,6 @@ def draw(result: Result) -> style.Figure:
         axes.set_xlim(0, 1.2 * steps[-1])
         axes.set_ylim(1.1 * min(everything), 1.1 * max(everything))
     accuracy.set_xscale("log")
-    accuracy.legend(loc="upper left")
+    accuracy.legend(loc="upper left", fontsize="small", handlelength=1.5)
     style.label(accuracy, "training steps", "test accuracy (%)", "(a) with and without batch norm")
     return figure
