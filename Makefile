@@ -24,6 +24,10 @@ test: lint types ## lint, check types, run the tests and print the coverage
 demo: $(VENV)/ready ## train on handwritten digits and export the model
 	$(python) examples/train_digits.py
 
+.PHONY: lectures
+lectures: $(VENV)/ready ## what the lectures claim, as experiments with pictures: about 10 minutes
+	$(python) -m examples.lectures
+
 .PHONY: bench
 bench: $(VENV)/ready-bench ## measure against Keras and PyTorch
 	$(python) -m benchmarks
