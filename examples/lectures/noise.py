@@ -27,7 +27,7 @@ def run(setting: Setting) -> Result:
     networks.begin(learning_rate=0.3)
     networks.train(setting.pick(500, 5))
     last_hidden = networks.kernels()[-2]
-    (z,) = networks.probe([last_hidden])(setting.train.images)  # (seeds, examples, units)
+    (z,) = networks.probe([last_hidden])(setting.train.images[:5000])  # (seeds, examples, units)
     draws = setting.pick(400, 100)
     independent, of_an_epoch = (
         [
@@ -50,7 +50,7 @@ def run(setting: Setting) -> Result:
         f"From mini-batches of {SIZES[0]} examples to those of {SIZES[-1]}, the ẑ of one example scatters by "
         f"{medians[0]:.2f} to {medians[-1]:.3f}, and the slope of the line through all sizes on log axes is "
         f"{np.median(slopes):.3f}. Drawn as an epoch draws them, no example twice, the mini-batches of {SIZES[-1]}, "
-        f"of a training set of {len(setting.train.labels)}, scatter it by {bands(of_an_epoch)[1][-1]:.3f}."
+        f"of {z.shape[1]} examples, scatter it by {bands(of_an_epoch)[1][-1]:.3f}."
     )
     numbers = {"sizes": SIZES, "independent": independent, "of an epoch": of_an_epoch}
     return Result("The noise of a mini-batch", [claim], seen, numbers, setting.to_dict())
