@@ -1,6 +1,7 @@
 """Recalibrated statistics are those of one training step on all data at once, however it is cut."""
 
 import contextlib
+import gc
 import weakref
 
 import hypothesis
@@ -499,6 +500,22 @@ def test_no_batch_outlives_its_turn():
     tfbn.recalibrate(chain(), data)
     assert len(alive) == 40  # in two passes
     assert most <= 3
+
+
+def graphs() -> int:
+    gc.collect()
+    # Their types: some objects elsewhere warn when they are asked for their class.
+    return sum(issubclass(type(thing), tf.Graph) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("tool", [tfbn.recalibrate, tfbn.diagnose])
+def test_no_graph_outlives_it(tool):
+    model = chain()
+    tfbn.freeze(model, within=model.layers[2])
+    model.compile("sgd", "mse")
+    before = graphs()
+    tool(model, (X, np.zeros((24, 3))), batch_size=8)
+    assert graphs() == before
 
 
 def test_compiled_functions_of_the_model_are_not_touched():

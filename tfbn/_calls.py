@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from tfbn._normalize import without_gradients
+
 
 @contextlib.contextmanager
 def calls_replaced(
@@ -33,16 +35,19 @@ def calls_replaced(
 
 
 @contextlib.contextmanager
-def functions_inlined() -> Iterator[None]:
-    """While open, a ``tf.function`` inside the one that is being traced becomes a part of its graph.
+def traced_apart() -> Iterator[None]:
+    """While open, a model can be traced into a function of one's own that leaves no trace in the model.
 
-    Left alone, it would run what it was traced with before, and it would keep, for its owner to run
-    later, what it is traced with now. Functions to be traced here need ``get_concrete_function``.
+    A ``tf.function`` inside the one that is being traced becomes a part of its graph: left alone, it
+    would run what it was traced with before, and it would keep, for its owner to run later, what it is
+    traced with now. Functions to be traced here need ``get_concrete_function``. Nor do our layers leave
+    gradients behind, which TensorFlow would keep.
     """
     before = tf.config.functions_run_eagerly()
     tf.config.run_functions_eagerly(True)
     try:
-        yield
+        with without_gradients():
+            yield
     finally:
         tf.config.run_functions_eagerly(before)
 

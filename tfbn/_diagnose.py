@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn._calls import calls_replaced, functions_inlined
+from tfbn._calls import calls_replaced, traced_apart
 from tfbn._diagnosis import Diagnosis
 from tfbn._evidence import SUMMARIES, LayerEvidence, compared, stored, within_batches
 from tfbn._feed import Feed
@@ -169,7 +169,7 @@ def _score(
     for batch, spec in feed.read(number):
         key = tuple(tf.nest.flatten(spec))
         if key not in compiled:
-            with functions_inlined():
+            with traced_apart():
                 compiled[key] = tf.function(step, autograph=False).get_concrete_function(spec)
         size = feed.size(batch)
         if size:
@@ -225,7 +225,7 @@ def _received(
         with calls_replaced([(layer, recorded(layer)) for layer in layers]):
             run_model(model, batch, training)
 
-    with functions_inlined():
+    with traced_apart():
         tf.function(trace, autograph=False).get_concrete_function(spec)
     return [(layer, received[id(layer)]) for layer in layers]
 

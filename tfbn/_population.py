@@ -19,7 +19,7 @@ import keras
 import tensorflow as tf
 
 from tfbn import _arguments
-from tfbn._calls import Call, calls_replaced, functions_inlined, levels
+from tfbn._calls import Call, calls_replaced, levels, traced_apart
 from tfbn._models import BatchNormLayer
 from tfbn._moments import Moments
 from tfbn._sites import Pool, Site, normalize_by_batch, values
@@ -138,7 +138,7 @@ class Population:
             with calls_replaced([(layer, recorded(layer)) for layer in self._layers]):
                 self.forward(self._model, batch)
 
-        with functions_inlined():
+        with traced_apart():
             tf.function(trace, autograph=False).get_concrete_function(spec)
         return calls
 
@@ -150,7 +150,7 @@ class Population:
             def step(batch: Any) -> None:
                 self.strategy.run(self._take, args=(batch, level))
 
-            with functions_inlined():
+            with traced_apart():
                 function = tf.function(step, autograph=False).get_concrete_function(spec)
             self._compiled[key] = function
         return self._compiled[key]
