@@ -45,6 +45,7 @@ class Case:
     spoiled: int | None = None  # the replica whose batch is not finite
     workers: bool = False  # whether worker processes run it too
     many: bool = False  # whether the replicas are as good as many
+    large: bool = False  # whether it takes the kernels that large tensors take
 
     @property
     def replicas(self) -> int:
@@ -132,6 +133,12 @@ CASES = [
     Case("stock-far", (64, 64), SYNCHRONIZED, offset=1e4, stock=True),
     Case("stock-mask", (5, 2), SYNCHRONIZED, (4, 3), mask="leading", stock=True),
 ]
+CASES += [
+    dataclasses.replace(case, id=f"{case.id}-large", large=True, workers=False)
+    for case in CASES
+    if case.layer.get("synchronized") and case.mask == "none" and not case.stock
+    if case.dtype != "float64" and case.mode != "eager"
+]
 
 
 # In the process of the replicas
@@ -196,9 +203,10 @@ def run_case(case: Case, strategy: Any) -> Observed:
     import tensorflow as tf
 
     import tfbn
-    from tfbn import _replicas
+    from tfbn import _normalize, _replicas
 
     _replicas.FEW = 0 if case.many else 16
+    _normalize.SMALL = 0 if case.large else 2**16
     with strategy.scope():
         policy = {"float16": "mixed_float16", "bfloat16": "mixed_bfloat16"}.get(
             case.dtype, case.dtype

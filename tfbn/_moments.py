@@ -92,7 +92,7 @@ def moments(
         return tf.math.divide_no_nan(tf.reduce_sum(values, reduced), n)
 
     if mask is None:
-        shift = _typical(x, axes)
+        shift = typical(x, axes)
     else:
         shift = average(_kept(x, mask))
     # A constant: moving the shift moves the offset the other way, so no gradient belongs to it.
@@ -160,7 +160,7 @@ def join(shifts: tf.Tensor, parts: Moments) -> tuple[tf.Tensor, Moments]:
     return shift, Moments(tf.reduce_sum(parts.count, 0), mean, variance)
 
 
-def _typical(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+def typical(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     """The median of three values of each channel: one outlier among them does not matter.
 
     0 where there is no value. Far from the others, a shift would cost the digits that it is to save.

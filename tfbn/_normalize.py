@@ -8,7 +8,7 @@ case                                                  kernel
 float32, float16, bfloat16; channels last             fused (``_fused.py``)
 the same with channels elsewhere, training on a CPU   fused, between two transpositions
 a small tensor in a graph on a CPU                    formula, with a gradient written by hand
-float64, masks, statistics over replicas              formula, with a gradient written by hand
+float64, masks                                        formula, with a gradient written by hand
 under XLA                                             formula, differentiated by TensorFlow
 ====================================================  ==============================================
 
@@ -37,7 +37,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfbn import _formula, _fused, _replicas, _views, _xla
+from tfbn import _formula, _fused, _replicas, _synchronized, _views, _xla
 from tfbn._moments import Moments
 
 # Up to this many values the formula is faster than the fused kernel, in a graph on a CPU.
@@ -88,8 +88,7 @@ def normalize_batch(
         batch's moments, for bookkeeping: they are not to be differentiated.
     """
     synchronized = synchronized and _replicas.number() > 1
-    kernel_can = mask is None and not synchronized
-    if _views.interleaved(x, axes) or (kernel_can and _fused_is_best_transposed(x, axes)):
+    if _views.interleaved(x, axes) or (mask is None and _fused_is_best_transposed(x, axes)):
         to_last, back_again, last = _views.channels_last(x.shape.rank, axes)
         y, batch = normalize_batch(
             tf.transpose(x, to_last),
@@ -101,11 +100,13 @@ def normalize_batch(
             synchronized=synchronized,
         )
         return tf.transpose(y, back_again), batch
-    if kernel_can and _fused_is_best(x, axes):
+    if mask is None and _fused_is_best(x, axes):
+        kernel = _synchronized if synchronized else _fused
+        setting = _formula.Setting(axes, epsilon, synchronized=synchronized)
         return _by_kernel(
-            functools.partial(_fused.forward, epsilon=epsilon, on_gpu=_on_gpu(x)),
-            functools.partial(_fused.backward, epsilon=epsilon),
-            functools.partial(_formula.second_backward, setting=_formula.Setting(axes, epsilon)),
+            functools.partial(kernel.forward, epsilon=epsilon, on_gpu=_on_gpu(x)),
+            functools.partial(kernel.backward, epsilon=epsilon),
+            functools.partial(_formula.second_backward, setting=setting),
             x,
             gamma,
             beta,

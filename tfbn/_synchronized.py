@@ -1,0 +1,68 @@
+r"""Batch normalization over replicas by TensorFlow's fused kernel, where `_fused` serves and replicas are many.
+
+The kernel knows of no replicas. It gives the moments of this replica's share; then it normalizes, as in
+inference, by those of all. So is the gradient: with :math:`\hat x = (x - \mu) s` and the sums
+:math:`A = \sum dy`, :math:`\Gamma = \sum dy\, \hat x` over all replicas,
+
+.. math:: dx_i = \gamma s\, dy_i - \frac{\gamma s}{n} (A + \hat x_i \Gamma)
+
+of which the first term is the kernel's gradient of inference, and the second one is again what it does to x
+in inference, with other parameters. It took about two thirds of the time of the formula, and half-precision
+activations are not copied to float32.
+"""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from tfbn import _fused, _replicas
+from tfbn._moments import Moments, typical
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs beside ``x``: the input as the kernel saw it, and its moments."""
+
+    x: tf.Tensor
+    moments: Moments
+
+
+def forward(
+    x: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    *,
+    epsilon: float,
+    on_gpu: bool,
+) -> tuple[tf.Tensor, Moments, Saved]:
+    """Normalizes ``x`` by the moments of all replicas. Returns the output, the moments and what to save."""
+    seen, shift = x, tf.zeros_like(gamma)
+    if x.dtype == gamma.dtype:
+        # The moments are to be those of values near 0. In half precision, x has lost those digits.
+        rank = x.shape.rank
+        shift = typical(x, range(rank - gamma.shape.rank, rank))
+        seen = x - shift
+    _, own, _ = _fused.forward(seen, gamma, beta, epsilon=epsilon, on_gpu=on_gpu)
+    common, relative = _replicas.joined(shift, own)
+    moments = relative._replace(mean=(common - shift) + relative.mean)
+    y = _fused.inference(seen, *moments[1:], gamma, beta, epsilon=epsilon)
+    return y, relative._replace(mean=common + relative.mean), Saved(seen, moments)
+
+
+def backward(
+    saved: Saved,
+    dy: tf.Tensor,
+    x: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    *,
+    epsilon: float,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The gradients with respect to x, gamma and beta; of the latter two this replica's share."""
+    seen, (n, mean, variance) = saved
+    dx, dgamma, dbeta = _fused.inference_backward(dy, seen, mean, variance, gamma, epsilon=epsilon)
+    total_dgamma, total_dbeta = _replicas.summed([dgamma, dbeta])
+    weight = -tf.math.divide_no_nan(gamma * tf.math.rsqrt(variance + epsilon), n)
+    through_statistics = _fused.inference(
+        seen, mean, variance, weight * total_dgamma, weight * total_dbeta, epsilon=epsilon
+    )
+    return dx + through_statistics, dgamma, dbeta
