@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks import results, serving
 from benchmarks.bars import OURS
 from benchmarks.results import geometric_mean, ratios, select, value
 from benchmarks.tables import floor_multiples, kinds, setting, table
@@ -32,6 +32,8 @@ def rendered(text: str, root: Path = ROOT) -> str:
 
 def section(run: dict[str, Any]) -> str:
     """What README shows of a run; a part for which the run has no numbers is left out."""
+    if run.get("suite") == "serving":
+        return serving.section(run)
     parts = [setting(run), _layers(run), _ratios(run), _models(run)]
     return "\n\n".join(part for part in parts if part)
 

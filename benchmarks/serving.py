@@ -1,16 +1,17 @@
 r"""Measures how fast folded models are served, against the stock model and one without batch normalization.
 
-    python -m benchmarks.serving                     # three models: some minutes
-    python -m benchmarks.serving MobileNetV2 --turns 60
+    python -m benchmarks.serving                          # three networks: some minutes
+    python -m benchmarks.serving ResNet50 --turns 30      # this one anew, the others as they were
 
 Five SavedModels of each network, in the same process and in turns: `stock`, as `model.export` of Keras writes
 it; `folded`, what `tfbn.fold` returns, written in the same way; `bare`, the network built without batch
 normalization (with the biases that its convolutions then need), in the same way; `tfbn`, by `tfbn.export`; and
 `bare tfbn`, the network without batch normalization by `tfbn.export`. Exporting and measuring are
-processes apart, the second one without tfbn and Keras.
+processes apart, the second one without tfbn and Keras. Writes JSON, and Markdown beside it.
 """
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
@@ -19,6 +20,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks import environment, results
+from benchmarks.applications import built
+from benchmarks.tables import table
 
 NETWORKS = {"MobileNetV2": (8, 1.4), "EfficientNetB0": (8, 1.2), "ResNet50": (4, 1.15)}
 """The batch size, and how many times as fast as the stock model the folded one has to be."""
@@ -43,35 +48,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/serving.json"))
     parser.add_argument("--export-only", action="store_true", help="do not measure yet")
     options = parser.parse_args(arguments)
+    old = results.load(options.output)["results"] if options.output.exists() else []
+    found = {result["network"]: result for result in old}
     with tempfile.TemporaryDirectory() as folder:
         models = options.models or Path(folder)
-        results = []
         for name in options.networks or list(NETWORKS):
             if not (models / name).exists():
                 export(name, models / name)
             if not options.export_only:
-                results.append(measured(name, models / name, options.turns, options.threads))
-                print(line(results[-1]), flush=True)
-    if results:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=2) + "\n")
+                found[name] = measured(name, models / name, options.turns, options.threads)
+                print(line(found[name]), flush=True)
+    if found:
+        run = {
+            "suite": "serving",
+            "date": datetime.date.today().isoformat(),
+            "environment": environment.described(options.threads),
+            "turns": options.turns,
+            "results": [found[name] for name in sorted(found)],
+        }
+        results.save(run, options.output)
+        page = f"# Serving with batch normalization folded\n\n{section(results.load(options.output))}\n"
+        options.output.with_suffix(".md").write_text(page)
     return 0
 
 
 def export(name: str, folder: Path) -> None:
     """Writes all kinds of SavedModels of a network of random weights and statistics."""
-    import keras
-    import numpy as np
-
     import tfbn
 
-    stock = getattr(keras.applications, name)(weights=None, input_shape=(SIZE, SIZE, 3))
-    rng = np.random.default_rng(0)
-    for weight in stock.weights:
-        if weight.name in ("gamma", "moving_variance"):
-            weight.assign(rng.uniform(0.5, 1.5, weight.shape))
-        elif weight.name in ("beta", "moving_mean"):
-            weight.assign(rng.normal(0, 0.1, weight.shape))
+    stock = built(name, SIZE)
     bare = without_batch_normalization(stock)
     for kind, model in {"stock": stock, "folded": tfbn.fold(stock), "bare": bare}.items():
         model.export(folder / kind, verbose=False)
@@ -99,17 +104,15 @@ def without_batch_normalization(model: Any) -> Any:
 def measured(name: str, folder: Path, turns: int, threads: int) -> dict[str, Any]:
     """What a process without tfbn and Keras needs to serve them."""
     batch = NETWORKS.get(name, (8, 1.0))[0]
-    command = [
-        sys.executable,
-        __file__,
-        "--serve",
-        str(folder),
-        str(batch),
-        str(turns),
-        str(threads),
-    ]
-    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    command = [sys.executable, "-m", "benchmarks.serving", "--serve", str(folder.resolve())]
+    done = subprocess.run(
+        [*command, str(batch), str(turns), str(threads)],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     times = json.loads(done.stdout)
     medians = {kind: times[kind]["median"] for kind in KINDS}
     return {
@@ -135,6 +138,32 @@ def line(result: dict[str, Any]) -> str:
         f"by tfbn.export {result['stock / tfbn']:.2f} times\n"
         f"  of the time without batch normalization: {result['folded / bare']:.3f}, by tfbn.export "
         f"{result['tfbn / bare tfbn']:.3f} (at most {MOST_BEHIND})"
+    )
+
+
+def section(run: dict[str, Any]) -> str:
+    """What README shows of a run."""
+    e = run["environment"]
+    versions = ", ".join(f"{n} {e['versions'][n]}" for n in ("tensorflow", "keras"))
+    rows = []
+    for r in run["results"]:
+        times = [f"{r['milliseconds'][kind]['median']:.1f}" for kind in ("stock", "folded", "bare")]
+        bar = NETWORKS.get(r["network"], (8, 1.0))[1]
+        rows.append(
+            [
+                f"{r['network']}, {r['batch']} images",
+                *times,
+                f"{r['stock / folded']:.2f} (≥ {bar})",
+                f"{r['folded / bare']:.3f} (≤ {MOST_BEHIND})",
+                f"{r['stock / tfbn']:.2f}",
+            ]
+        )
+    head = ["", "as it is", "folded", "without BN", "folded: times as fast"]
+    head += ["folded: of the time without BN", "by tfbn.export: times as fast"]
+    return (
+        f"Milliseconds a batch of {SIZE}×{SIZE} images, served as SavedModels by TensorFlow alone; {e['processor']}, "
+        f"{e['threads']} threads; {versions}; {run['date']}; medians of {run['turns']} turns.\n\n"
+        + table(head, rows)
     )
 
 

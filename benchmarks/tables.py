@@ -120,8 +120,9 @@ def floor_multiples(
     return {s: 2 * ratio / passes[s] for s, ratio in ratios(results, contender, floor).items()}
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table in Markdown; so many columns are words, aligned to the left, and the others numbers."""
+    lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
