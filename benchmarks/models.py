@@ -22,7 +22,7 @@ LEARNING_RATE = 0.0
 
 def program(layer_class: Any, library: Any, case: ModelCase) -> Program:
     """One training step by SGD with momentum, or one inference, from a batch to the loss or the logits."""
-    model, held_before = _built(layer_class, library, case.subject, case.precision)
+    model, held_before = built(layer_class, library, case.subject, case.precision)
     random = np.random.default_rng(0)
     size = SIZES[case.subject]
     images = tf.constant(random.uniform(-1, 1, (case.batch, size, size, 3)), tf.float32)
@@ -76,7 +76,7 @@ def program(layer_class: Any, library: Any, case: ModelCase) -> Program:
 
 
 @functools.lru_cache(maxsize=1)
-def _built(layer_class: Any, library: Any, name: str, precision: str) -> tuple[Any, float | None]:
+def built(layer_class: Any, library: Any, name: str, precision: str) -> tuple[Any, float | None]:
     """The network, and the megabytes that the process held before there was one."""
     tf.random.normal([]).numpy()  # TensorFlow itself starts up with the first operation.
     held = memory.resident()
