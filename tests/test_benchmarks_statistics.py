@@ -51,7 +51,7 @@ def test_the_check_is_measured_against_updates_without_it(monkeypatch):
                 model.layers[0].beta.assign([np.nan] * 3)
                 run()
                 seen[name] = np.isfinite(model.layers[0].moving_mean.numpy()).all()
-        return {"looking": [3.0], "blind": [1.0], "step": [10.0]}
+        return {"looking": [60.0], "blind": [20.0], "step": [10.0]}  # 20 updates each
 
     monkeypatch.setattr(statistics, "measured", measured)
     line = statistics.check(model, IMAGES, 1)
