@@ -391,8 +391,8 @@ BAD_LOOPS = {
     "no model": ({"model": LAYERS.Dense(1)}, TypeError, r"Received: model=<Dense .* of type Dense"),
     "strategy": (
         {"strategy": tf.distribute.get_strategy()},
-        ValueError,
-        "trains on one device: pass strategy=None. Received: strategy=<.*DefaultDistribution",
+        TypeError,
+        "MultiWorkerMirroredStrategy or OneDeviceStrategy. Received: strategy=<.*DefaultDistribution",
     ),
     "optimizer": ({"optimizer": "sdg"}, ValueError, "sdg"),
     "loss": ({"loss_weights": "much"}, ValueError, "Received instead: loss_weights=much"),

@@ -1,26 +1,25 @@
 """Several batches, one update: the sums that are kept in between."""
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import keras
 import tensorflow as tf
 
 from tfbn._models import BatchNormLayer
 from tfbn._moments import Moments, merge
-
-Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices | None
+from tfbn._training._gradients import Gradient, over_replicas
 
 
 class Accumulator:
     """Sums of gradients and pooled batch moments of the batches since the last update.
 
-    All of it is held in variables, which outlive a step, and which a backup can save.
+    All of it is held in variables, which outlive a step, and which a backup can save. On each replica of
+    a strategy they hold what that replica has seen.
     """
 
     def __init__(self, trainable: Sequence[keras.Variable]):
-        self._weight = tf.Variable(0.0)
-        self._gradients = [tf.Variable(tf.zeros(v.shape, _sum_dtype(v))) for v in trainable]
+        self._weight = _variable(tf.zeros([]))
+        self._gradients = [_variable(tf.zeros(v.shape, _sum_dtype(v))) for v in trainable]
         self._connected = [False] * len(trainable)
         self._pools: list[tuple[BatchNormLayer, Moments]] = []
 
@@ -39,8 +38,9 @@ class Accumulator:
         """Takes in one batch.
 
         Args:
-            weight: Over how many values the loss of this batch is a mean. A batch of 0 adds nothing.
-            gradients: The gradient of that mean for each trainable variable.
+            weight: Over how many values the loss of this batch is a mean, on all replicas. A batch of 0
+                adds nothing.
+            gradients: The gradient of that mean for each trainable variable: this replica's share of it.
             moments: What each batch normalization layer saw, in the order of the calls: a layer that
                 the model calls twice keeps two pools, as it makes two updates without accumulation.
         """
@@ -55,32 +55,47 @@ class Accumulator:
         for index, (layer, seen) in enumerate(moments):
             if index == len(self._pools):
                 with tf.init_scope():
-                    pool = Moments(*(tf.Variable(tf.zeros(m.shape, m.dtype)) for m in seen))
+                    pool = Moments(*(_variable(tf.zeros(m.shape, m.dtype)) for m in seen))
                 self._pools.append((layer, pool))
             _assign(self._pools[index][1], merge(Moments(*self._pools[index][1]), seen))
 
     def gradients(self, trainable: Sequence[keras.Variable]) -> list[tf.Tensor | None]:
         """The gradient of the mean loss over all batches taken in, `None` where nothing depends on it."""
+        weight = tf.convert_to_tensor(self._weight)
+        sums = over_replicas(
+            [
+                total if connected else None
+                for total, connected in zip(self._gradients, self._connected, strict=True)
+            ]
+        )
         return [
-            tf.cast(
-                tf.math.divide_no_nan(total, tf.cast(self._weight, total.dtype)), variable.dtype
-            )
-            if connected
-            else None
-            for variable, total, connected in zip(
-                trainable, self._gradients, self._connected, strict=True
-            )
+            None
+            if total is None
+            else tf.cast(tf.math.divide_no_nan(total, tf.cast(weight, total.dtype)), variable.dtype)
+            for variable, total in zip(trainable, sums, strict=True)
         ]
 
-    def update_statistics(self) -> None:
-        """One step of every layer's moving average, with the moments of all batches together."""
-        for layer, pool in self._pools:
-            layer.update_statistics(Moments(*(tf.convert_to_tensor(m) for m in pool)))
+    def moments(self) -> list[tuple[BatchNormLayer, Moments]]:
+        """The moments of all batches together that each layer saw, one of its calls after the other."""
+        return [
+            (layer, Moments(*(tf.convert_to_tensor(m) for m in pool)))
+            for layer, pool in self._pools
+        ]
 
     def clear(self) -> None:
         """Begins the next group."""
         for variable in self.variables:
             variable.assign(tf.zeros_like(variable))
+
+
+def _variable(value: tf.Tensor) -> tf.Variable:
+    """A variable of which each replica of a strategy has its own."""
+    return tf.Variable(
+        value,
+        trainable=False,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.SUM,
+    )
 
 
 def _assign(pool: Moments, values: Moments) -> None:

@@ -53,7 +53,8 @@ class Progress:
 class Backup:
     """Does the work of a `keras.callbacks.BackupAndRestore`, where and as often as that one says."""
 
-    def __init__(self, settings: keras.callbacks.BackupAndRestore):
+    def __init__(self, settings: keras.callbacks.BackupAndRestore, chief: bool = True):
+        self._chief = chief
         self._directory = str(settings.backup_dir)
         self._path = tf.io.gfile.join(self._directory, "training.npz")
         self._every = settings.save_freq
@@ -84,8 +85,14 @@ class Backup:
         variables: Sequence[Any],
         callbacks: Sequence[keras.callbacks.Callback],
     ) -> None:
-        """Saves all of it; whenever the process is killed, the file is the last one or this one, whole."""
+        """Saves all of it; whenever the process is killed, the file is the last one or this one, whole.
+
+        Of several workers the chief writes. All of them read: some variables are sums over replicas.
+        """
         arrays = [variable.numpy() for variable in variables]
+        self._unsaved = 0
+        if not self._chief:
+            return
         own = len(arrays)
 
         def encode(value: Any) -> Any:
@@ -108,11 +115,10 @@ class Backup:
         with tf.io.gfile.GFile(self._path + ".new", "wb") as file:
             file.write(buffer.getvalue())
         tf.io.gfile.rename(self._path + ".new", self._path, overwrite=True)
-        self._unsaved = 0
 
     def finish(self) -> None:
         """The run is complete: the next one begins anew."""
-        if self._delete and tf.io.gfile.exists(self._directory):
+        if self._chief and self._delete and tf.io.gfile.exists(self._directory):
             tf.io.gfile.rmtree(self._directory)
 
 
@@ -147,10 +153,12 @@ class Saved:
 
     def restore_callbacks(self, callbacks: Sequence[keras.callbacks.Callback]) -> None:
         """Lets the callbacks remember what they knew; to be called after their `on_train_begin`."""
-        for (callback, _), (name, memory) in zip(
-            _with_memory(callbacks), self._memory, strict=False
-        ):
-            if type(callback).__name__ == name:
+        remembering = [callback for callback, _ in _with_memory(callbacks)]
+        for name, memory in self._memory:
+            # Not every worker has all callbacks of the chief.
+            callback = next((c for c in remembering if type(c).__name__ == name), None)
+            if callback is not None:
+                remembering.remove(callback)
                 for attribute, value in memory.items():
                     setattr(callback, attribute, value)
 

@@ -9,13 +9,21 @@ from tfbn._training._backup import Backup
 
 Callback: TypeAlias = keras.callbacks.Callback
 
+# They write files or speak to a server, and decide nothing that the training follows.
+_WRITERS = (
+    keras.callbacks.CSVLogger,
+    keras.callbacks.ModelCheckpoint,
+    keras.callbacks.RemoteMonitor,
+    keras.callbacks.TensorBoard,
+)
+
 
 def split_backup(
-    callbacks: Callback | Sequence[Callback] | None,
+    callbacks: Callback | Sequence[Callback] | None, chief: bool
 ) -> tuple[Backup | None, list[Callback]]:
     """Takes `BackupAndRestore` out of the callbacks: the loop does its work itself.
 
-    A subclass of it stays, and does what it does.
+    A subclass of it stays, and does what it does. Those that only write files stay on the chief.
     """
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callbacks = callbacks.callbacks
@@ -34,7 +42,8 @@ def split_backup(
             "Training can be backed up in one place. "
             f"Received: {len(backups)} BackupAndRestore callbacks."
         )
-    return (Backup(backups[0]) if backups else None), [c for c in given if c not in backups]
+    remain = [c for c in given if c not in backups and (chief or not isinstance(c, _WRITERS))]
+    return (Backup(backups[0], chief) if backups else None), remain
 
 
 def any_overrides(callbacks: Sequence[Callback], *methods: str) -> bool:

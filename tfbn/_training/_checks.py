@@ -3,6 +3,7 @@
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from tfbn._data import ArraySource
 from tfbn._training._stream import Stream
@@ -28,19 +29,28 @@ def check_count(name: str, value: Any, least: int = 1, optional: bool = False) -
         )
 
 
-def check_accumulation(optimizer: keras.optimizers.Optimizer, loss: Any) -> None:
+def check_sums(
+    optimizer: keras.optimizers.Optimizer,
+    loss: Any,
+    accumulation_steps: int,
+    strategy: tf.distribute.Strategy | None,
+) -> None:
     """Refuses what would not be the gradient of the mean loss over all examples."""
     inner = getattr(optimizer, "inner_optimizer", optimizer)
-    if inner.gradient_accumulation_steps:
+    if accumulation_steps > 1 and inner.gradient_accumulation_steps:
         raise ValueError(
             "Gradients would be accumulated twice: set accumulation_steps of the loop, or "
             "gradient_accumulation_steps of the optimizer, not both. Received: "
             f"gradient_accumulation_steps={inner.gradient_accumulation_steps}."
         )
+    replicas = 1 if strategy is None else strategy.num_replicas_in_sync
+    if accumulation_steps == replicas == 1:
+        return
+    who = "Accumulation" if accumulation_steps > 1 else "A strategy of several replicas"
     for part in keras.tree.flatten(loss):
         reduction = getattr(part, "reduction", "sum_over_batch_size")
         if reduction not in ("sum_over_batch_size", "mean"):
             raise ValueError(
-                "Accumulation needs a loss that is a mean over the examples of a batch: take "
+                f"{who} needs a loss that is a mean over the examples of a batch: take "
                 f"reduction='sum_over_batch_size'. Received: {part!r} with reduction={reduction!r}."
             )

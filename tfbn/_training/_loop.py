@@ -1,5 +1,6 @@
 """The training loop that users meet."""
 
+import dataclasses
 import random
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,14 @@ import tensorflow as tf
 
 from tfbn._data import as_source
 from tfbn._training._backup import Backup, Progress
-from tfbn._training._callbacks import any_overrides, restored_epoch, split_backup
-from tfbn._training._checks import check_accumulation, check_batch_size, check_count
+from tfbn._training._callbacks import restored_epoch, split_backup
+from tfbn._training._checks import check_batch_size, check_count, check_sums
 from tfbn._training._guard import StatisticsWatch
+from tfbn._training._passes import Passes, floats
 from tfbn._training._step import Steps
+from tfbn._training._strategy import check_strategy, scope_of
 from tfbn._training._stream import Stream
+from tfbn._training._workers import Workers
 
 Callback: TypeAlias = keras.callbacks.Callback
 
@@ -82,15 +86,11 @@ class TrainingLoop:
                 "TrainingLoop trains a keras.Model: Functional, Sequential or subclassed. "
                 f"Received: model={model!r} of type {type(model).__name__}."
             )
-        if strategy is not None:
-            raise ValueError(
-                "TrainingLoop trains on one device: pass strategy=None. "
-                f"Received: strategy={strategy!r} of type {type(strategy).__name__}."
-            )
         check_count("accumulation_steps", accumulation_steps)
-        optimizer = keras.optimizers.get(optimizer)
-        if accumulation_steps > 1:
-            check_accumulation(optimizer, loss)
+        with scope_of(strategy):
+            optimizer = keras.optimizers.get(optimizer)
+        check_strategy(strategy, model, optimizer, (metrics, weighted_metrics), jit_compile)
+        check_sums(optimizer, loss, accumulation_steps, strategy)
         settings = {
             "loss": loss,
             "loss_weights": loss_weights,
@@ -98,14 +98,18 @@ class TrainingLoop:
             "weighted_metrics": weighted_metrics,
             "jit_compile": jit_compile,
         }
-        # What Keras refuses, it refuses here, before the model is touched.
-        keras.Sequential().compile("sgd", **settings)
-        model.compile(optimizer, **settings)
+        with scope_of(strategy):
+            # What Keras refuses, it refuses here, before the model is touched.
+            keras.Sequential().compile("sgd", **settings)
+            model.compile(optimizer, **settings)
         self.model = model
         self.accumulation_steps = accumulation_steps
         # In half precision, Keras has wrapped it.
         self.optimizer = model.optimizer
-        self._steps = Steps(model, accumulate=accumulation_steps > 1)
+        self._strategy = strategy
+        self._workers = Workers(strategy)
+        self._steps = Steps(model, accumulation_steps > 1, strategy)
+        self._passes = Passes(model, self._steps, self._workers, accumulation_steps)
 
     def fit(
         self,
@@ -171,13 +175,10 @@ class TrainingLoop:
         check_count("steps_per_epoch", steps_per_epoch, optional=True)
         check_count("validation_steps", validation_steps, optional=True)
         self._check_compiled()
-        backup, given = split_backup(callbacks)
+        backup, given = split_backup(callbacks, self._workers.chief)
         saved = None if backup is None else backup.read()
-        if saved is None:
-            seed = random.randrange(2**31) if seed is None else seed
-            progress = Progress(seed=seed, epoch=initial_epoch)
-        else:
-            progress = saved.progress
+        seed = self._workers.from_chief(random.randrange(2**31) if seed is None else seed)
+        progress = Progress(seed, initial_epoch) if saved is None else saved.progress
 
         train = _stream("data", data, steps_per_epoch, batch_size, shuffle, progress.seed)
         validation = None
@@ -193,12 +194,17 @@ class TrainingLoop:
         train.open(progress.position)
         if validation is not None:
             validation.open(progress.validation_position)
+        self._workers.check_alike(
+            place=(*dataclasses.astuple(progress), epochs, train.steps),
+            data=train.ahead,
+            validation_data=None if validation is None else validation.ahead,
+        )
 
         self._steps.prepare(train.spec, class_weight)
         hooks = keras.callbacks.CallbackList(
             given,
             add_history=True,
-            add_progbar=verbose != 0,
+            add_progbar=verbose != 0 and self._workers.chief,
             verbose=verbose,
             epochs=epochs,
             steps=train.steps,
@@ -215,43 +221,10 @@ class TrainingLoop:
             train.skip_epochs(restored)
             progress.epoch = restored
 
-        watch: StatisticsWatch | None = StatisticsWatch(self.model)
-        logs: dict[str, Any] | None = None
-        while progress.epoch < epochs and not self.model.stop_training:
-            began_at = progress.batches
-            if began_at == 0:
-                self.model.reset_metrics()
-            hooks.on_epoch_begin(progress.epoch)
-            self._steps.prepare(train.spec, class_weight)  # A callback may have frozen something.
-            self._train_epoch(train, hooks, progress, backup)
-            ran_out = not self.model.stop_training and progress.batches < (train.steps or 1)
-            if ran_out:
-                warnings.warn(
-                    f"The training data ran out after {progress.batches} batches of epoch "
-                    f"{progress.epoch + 1} of {epochs}: training ends here. Pass data that can be read "
-                    "again, or enough of it.",
-                    stacklevel=2,
-                )
-                if progress.batches == 0:
-                    break
-            if watch is not None and progress.batches > began_at:
-                watch.check(progress.batches - began_at)
-                watch = None
-            logs = _floats(self.model.get_metrics_result())
-            if validation is not None and (progress.epoch + 1) % validation_freq == 0:
-                validation.restart()
-                results = self._evaluate(validation, hooks)
-                logs |= {f"val_{name}": value for name, value in results.items()}
-                progress.validation_position = validation.position
-            hooks.on_epoch_end(progress.epoch, logs)
-            progress.epoch += 1
-            progress.batches = 0
-            progress.position = train.position
-            progress.stopped = self.model.stop_training or ran_out
-            if backup is not None and backup.after_epoch():
-                backup.write(progress, self._state(), hooks.callbacks)
-            self.model.stop_training = progress.stopped
-
+        with self._workers.together():
+            logs = self._train(
+                train, validation, hooks, progress, backup, epochs, class_weight, validation_freq
+            )
         self.optimizer.finalize_variable_values(self.model.trainable_variables)
         hooks.on_train_end(logs)
         if backup is not None:
@@ -285,63 +258,79 @@ class TrainingLoop:
         """
         check_count("steps", steps, optional=True)
         self._check_compiled()
-        _, given = split_backup(callbacks)
+        _, given = split_backup(callbacks, self._workers.chief)
         stream = _stream("data", data, steps, batch_size)
         check_batch_size(batch_size, stream)
         stream.open()
+        self._workers.check_alike(data=stream.ahead)
         self._steps.build(stream.spec)
         hooks = keras.callbacks.CallbackList(
             given,
-            add_progbar=verbose != 0,
+            add_progbar=verbose != 0 and self._workers.chief,
             verbose=verbose,
             epochs=1,
             steps=stream.steps,
             model=self.model,
         )
-        return self._evaluate(stream, hooks)
+        with self._workers.together():
+            return self._passes.evaluate(stream, hooks)
 
-    def _train_epoch(
+    def _train(
         self,
-        stream: Stream,
+        train: Stream,
+        validation: Stream | None,
         hooks: keras.callbacks.CallbackList,
         progress: Progress,
         backup: Backup | None,
-    ) -> None:
-        """Trains on the rest of the epoch."""
-        # Logs cost a transfer from the device: they are handed on to who reads them only.
-        reports = any_overrides(hooks.callbacks, "on_train_batch_end", "on_batch_end")
-        for batch in stream.epoch(progress.batches):
-            hooks.on_train_batch_begin(progress.batches)
-            logs = self._steps.train(batch, stream.spec)
-            progress.batches += 1
-            if self.accumulation_steps > 1 and progress.batches % self.accumulation_steps == 0:
-                self._steps.update()
-            if reports:
-                hooks.on_train_batch_end(progress.batches - 1, logs)
-            if backup is not None and backup.after_batch():
-                progress.position = stream.position
+        epochs: int,
+        class_weight: Mapping[int, float] | None,
+        validation_freq: int,
+    ) -> dict[str, Any] | None:
+        """Trains up to the last epoch, and returns what its end was told."""
+
+        def after_batch() -> None:
+            if backup is not None and backup.after_batch() and self._passes.can_rest(progress):
+                progress.position = train.position
                 progress.stopped = self.model.stop_training
                 backup.write(progress, self._state(), hooks.callbacks)
-            if self.model.stop_training:
-                break
-        if progress.batches % self.accumulation_steps != 0:
-            self._steps.update()
 
-    def _evaluate(self, stream: Stream, hooks: keras.callbacks.CallbackList) -> dict[str, float]:
-        reports = any_overrides(hooks.callbacks, "on_test_batch_end")
-        self.model.reset_metrics()
-        self.model.stop_evaluating = False
-        hooks.on_test_begin()
-        for step, batch in enumerate(stream.epoch()):
-            hooks.on_test_batch_begin(step)
-            logs = self._steps.test(batch, stream.spec)
-            if reports:
-                hooks.on_test_batch_end(step, logs)
-            if self.model.stop_evaluating:
-                break
-        results = _floats(self.model.get_metrics_result())
-        hooks.on_test_end(results)
-        return results
+        watch: StatisticsWatch | None = StatisticsWatch(self.model)
+        logs: dict[str, Any] | None = None
+        while progress.epoch < epochs and not self.model.stop_training:
+            began_at = progress.batches
+            if began_at == 0:
+                self.model.reset_metrics()
+            hooks.on_epoch_begin(progress.epoch)
+            self._steps.prepare(train.spec, class_weight)  # A callback may have frozen something.
+            self._passes.train(train, hooks, progress, after_batch)
+            ran_out = not self.model.stop_training and progress.batches < (train.steps or 1)
+            if ran_out:
+                warnings.warn(
+                    f"The training data ran out after {progress.batches} batches of epoch "
+                    f"{progress.epoch + 1} of {epochs}: training ends here. Pass data that can be read "
+                    "again, or enough of it.",
+                    stacklevel=2,
+                )
+                if progress.batches == 0:
+                    break
+            if watch is not None and progress.batches > began_at:
+                watch.check(progress.batches - began_at)
+                watch = None
+            logs = floats(self._steps.results())
+            if validation is not None and (progress.epoch + 1) % validation_freq == 0:
+                validation.restart()
+                results = self._passes.evaluate(validation, hooks)
+                logs |= {f"val_{name}": value for name, value in results.items()}
+                progress.validation_position = validation.position
+            hooks.on_epoch_end(progress.epoch, logs)
+            progress.epoch += 1
+            progress.batches = 0
+            progress.position = train.position
+            progress.stopped = self._workers.any(self.model.stop_training or ran_out)
+            if backup is not None and backup.after_epoch():
+                backup.write(progress, self._state(), hooks.callbacks)
+            self.model.stop_training = progress.stopped
+        return logs
 
     def _state(self) -> list[Any]:
         """All variables that decide how the training goes on."""
@@ -371,9 +360,3 @@ def _stream(
     seed: int = 0,
 ) -> Stream:
     return Stream(name, as_source(name, data, batch_size or 32, shuffle, seed), steps)
-
-
-def _floats(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """Results of metrics as numbers (as arrays, where they are no scalars)."""
-    values = {name: keras.ops.convert_to_numpy(value) for name, value in logs.items()}
-    return {name: value.item() if value.ndim == 0 else value for name, value in values.items()}

@@ -8,11 +8,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbn import _updates
+from tfbn import _replicas, _updates
 from tfbn._models import BatchNormLayer, batch_norm_layers
 from tfbn._moments import Moments
+from tfbn._training import _gradients, _replica
 from tfbn._training._accumulate import Accumulator
 from tfbn._training._guard import learns_statistics
+from tfbn._training._strategy import scope_of
 
 Logs = dict[str, tf.Tensor]
 
@@ -20,16 +22,21 @@ Logs = dict[str, tf.Tensor]
 class Steps:
     """The compiled steps of a model that Keras's `compile` has prepared.
 
-    A batch comes with its spec, the nested `tf.TypeSpec` for which its step is compiled.
+    A batch comes with its spec, the nested `tf.TypeSpec` for which its step is compiled. Under a strategy
+    every replica takes its share of it.
     """
 
-    def __init__(self, model: keras.Model, accumulate: bool):
+    def __init__(
+        self, model: keras.Model, accumulate: bool, strategy: tf.distribute.Strategy | None = None
+    ):
         self._model = model
+        self._strategy = strategy
         self._accumulate = accumulate
         self._accumulator: Accumulator | None = None
         self._class_weight: Mapping[int, float] | None = None
         self._traced_for: Any = None
-        self._compiled: dict[str, list[tuple[Any, Callable[..., Logs]]]] = {}
+        self._compiled: dict[str, list[tuple[Any, Callable[..., Any]]]] = {}
+        self._logs: Logs = {}
 
     @property
     def variables(self) -> list[tf.Variable]:
@@ -42,7 +49,8 @@ class Steps:
         model = self._model
         trainable = model.trainable_variables
         if not model.optimizer.built:
-            model.optimizer.build(trainable)
+            with scope_of(self._strategy):
+                model.optimizer.build(trainable)
         # Which variables to train, and which layers learn, is fixed when a step is traced.
         traced_for = (
             [id(variable) for variable in trainable],
@@ -53,66 +61,107 @@ class Steps:
             self._traced_for = traced_for
             self._compiled = {}
             self._class_weight = class_weight
-            self._accumulator = Accumulator(trainable) if self._accumulate else None
+            with scope_of(self._strategy):
+                self._accumulator = Accumulator(trainable) if self._accumulate else None
         self._function(self._train, spec)
 
     def build(self, spec: Any) -> None:
         """Builds the model by tracing it: nothing is computed."""
-        if not self._model.built:
+        if self._strategy is not None and not self._compiled:
+            # On a replica Keras cannot make variables, and its losses and metrics make some on first use.
+            with scope_of(self._strategy):
+                tf.function(self._dry_run, autograph=False).get_concrete_function(spec)
+        elif not self._model.built:
             forward = tf.function(lambda batch: self._model(_unpack(batch)[0], training=False))
             forward.get_concrete_function(spec)
 
-    def train(self, batch: Any, spec: Any) -> Logs:
-        """One batch of training, and what the metrics say after it."""
-        return self._function(self._train, spec)(batch)
+    def train(self, batch: Any, spec: Any) -> None:
+        """One batch of training."""
+        self._logs = self._function(self._train, spec)(batch)
 
     def update(self) -> None:
         """The update that ends a group of accumulated batches."""
         self._function(self._update, ())()
 
-    def test(self, batch: Any, spec: Any) -> Logs:
-        """One batch of evaluation, and what the metrics say after it."""
-        return self._function(self._test, spec)(batch)
+    def test(self, batch: Any, spec: Any) -> None:
+        """One batch of evaluation."""
+        self._logs = self._function(self._test, spec)(batch)
 
-    def _function(self, step: Callable[..., Any], spec: Any) -> Callable[..., Logs]:
+    def logs(self) -> Logs:
+        """What the metrics say after the last batch, of all replicas."""
+        return self._logs if self._strategy is None else self.results()
+
+    def results(self) -> Logs:
+        """What the metrics say."""
+        if self._strategy is None:
+            return self._model.get_metrics_result()
+        return self._function(self._results, ())()
+
+    def _function(self, step: Callable[..., Any], spec: Any) -> Callable[..., Any]:
         known = self._compiled.setdefault(step.__name__, [])
         for compiled_for, function in known:
             if compiled_for is spec or compiled_for == spec:
                 return function
-        compiled = tf.function(step, jit_compile=self._model.jit_compile, autograph=False)
+        compiled = tf.function(
+            self._on_replicas(step), jit_compile=self._model.jit_compile, autograph=False
+        )
         # Called directly: tf.function's own dispatch costs more than all else that a batch takes here.
-        function = compiled.get_concrete_function(*(() if spec == () else (spec,)))
+        with scope_of(self._strategy), _gradients.summed_before(self._model.optimizer):
+            function = compiled.get_concrete_function(*(() if spec == () else (spec,)))
         known.append((spec, function))
         return function
 
+    def _on_replicas(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        strategy = self._strategy
+        if strategy is None or step == self._results:
+            return step
+
+        def everywhere(*batch: Any) -> None:
+            strategy.run(step, batch)  # What it returns is what each replica has seen alone.
+
+        return everywhere
+
+    def _dry_run(self, batch: Any) -> None:
+        """All that makes variables in a step, without a change of any."""
+        x, y, sample_weight = _unpack(batch)
+        with keras.StatelessScope():
+            y_pred = self._model(x, training=False)
+        with keras.StatelessScope([(v, v) for v in self._model.variables]):
+            self._model.compute_loss(x, y, y_pred, sample_weight)
+            self._model.compute_metrics(x, y, y_pred, sample_weight)
+
+    def _results(self) -> Logs:
+        return self._model.get_metrics_result()
+
     def _train(self, batch: Any) -> Logs:
         model, optimizer = self._model, self._model.optimizer
-        x, y, sample_weight = _unpack(batch)
+        x, y, sample_weight = _unpack(_replica.share(batch))
         if self._class_weight is not None:
             sample_weight = _class_weights(y, sample_weight, self._class_weight)
         seen: list[tuple[BatchNormLayer, Moments]] = []
         with tf.GradientTape() as tape:
             with self._collected(seen):
                 y_pred = model(x, training=True)
-            loss = model.compute_loss(
-                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
-            )
+            loss = self._loss(x, y, y_pred, sample_weight, batch, training=True)
             scaled_loss = optimizer.scale_loss(loss)
         trainable = model.trainable_variables
         gradients = tape.gradient(scaled_loss, trainable)
         if not trainable:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         elif self._accumulator is None:
-            optimizer.apply(gradients, trainable)
-        if self._accumulator is not None:
-            self._accumulator.add(_values_behind(y_pred, _size(x)), gradients, seen)
-        _track(model, loss, _size(x))
+            _gradients.apply(optimizer, _gradients.over_replicas(gradients), trainable)
+        if self._accumulator is None:
+            _replica.update_statistics(seen)
+        else:
+            self._accumulator.add(_values_behind(y_pred, x, batch)[1], gradients, seen)
+        self._track(loss, x, batch)
         return model.compute_metrics(x, y, y_pred, sample_weight)
 
     def _collected(
         self, seen: list[tuple[BatchNormLayer, Moments]]
     ) -> contextlib.AbstractContextManager[None]:
-        if self._accumulator is None:
+        """Moments that wait for those of other batches or replicas."""
+        if self._accumulator is None and _replicas.number() == 1:
             return contextlib.nullcontext()
         return _updates.redirect(lambda layer, moments: seen.append((layer, moments)))
 
@@ -120,49 +169,73 @@ class Steps:
         assert self._accumulator is not None  # for the type checker: `update` serves accumulation
         trainable = self._model.trainable_variables
         if trainable:
-            self._model.optimizer.apply(self._accumulator.gradients(trainable), trainable)
-        self._accumulator.update_statistics()
+            gradients = self._accumulator.gradients(trainable)
+            _gradients.apply(self._model.optimizer, gradients, trainable)
+        _replica.update_statistics(self._accumulator.moments())
         self._accumulator.clear()
 
     def _test(self, batch: Any) -> Logs:
         model = self._model
-        x, y, sample_weight = _unpack(batch)
+        x, y, sample_weight = _unpack(_replica.share(batch))
         y_pred = model(x, training=False)
-        loss = model.compute_loss(
-            x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=False
-        )
-        _track(model, loss, _size(x))
+        loss = self._loss(x, y, y_pred, sample_weight, batch, training=False)
+        self._track(loss, x, batch)
         return model.compute_metrics(x, y, y_pred, sample_weight)
+
+    def _loss(
+        self, x: Any, y: Any, y_pred: Any, sample_weight: Any, batch: Any, training: bool
+    ) -> tf.Tensor:
+        """The mean loss of a batch, or this replica's share of it."""
+        model = self._model
+        before = [(v, tf.convert_to_tensor(v)) for v in model.metrics_variables]
+        loss = model.compute_loss(
+            x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
+        )
+        if _replicas.number() == 1:
+            return loss
+        own, everywhere = _values_behind(y_pred, x, batch)
+        # Keras counts the loss of an output once for each batch: in the metric too, a share is a share.
+        for variable, value in before:
+            if value.dtype.is_floating:
+                added = tf.convert_to_tensor(variable) - value
+                variable.assign(value + _replica.share_of(added, own, everywhere))
+        return _replica.share_of(loss * _replicas.number(), own, everywhere)
+
+    def _track(self, loss: tf.Tensor, x: Any, batch: Any) -> None:
+        """Takes the loss into the running mean that Keras's `compile` makes for it."""
+        size = _replica.examples(x)
+        if _replicas.number() > 1:
+            # The shares of the replicas are to add up to the loss as often as there are examples.
+            repeats = tf.math.divide_no_nan(
+                tf.cast(_replica.examples(batch), loss.dtype), tf.cast(size, loss.dtype)
+            )
+            loss *= repeats
+        for metric in self._model.metrics:
+            if metric.name == "loss":
+                metric.update_state(loss, sample_weight=size)
 
 
 def _unpack(batch: Any) -> tuple[Any, Any, Any]:
     return keras.utils.unpack_x_y_sample_weight(batch)
 
 
-def _size(x: Any) -> tf.Tensor:
-    """The number of examples."""
-    return tf.shape(next(part for part in tf.nest.flatten(x) if part is not None))[0]
+def _values_behind(y_pred: Any, x: Any, batch: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    """Over how many values the loss is a mean, on this replica and on all of them.
 
-
-def _track(model: keras.Model, loss: tf.Tensor, size: tf.Tensor) -> None:
-    """Takes the loss into the running mean that Keras's `compile` makes for it."""
-    for metric in model.metrics:
-        if metric.name == "loss":
-            metric.update_state(loss, sample_weight=size)
-
-
-def _values_behind(y_pred: Any, size: tf.Tensor) -> tf.Tensor:
-    """Over how many values the loss is a mean: the examples, or the steps that a Keras mask keeps."""
+    They are the examples, or the steps that a Keras mask keeps.
+    """
     masks = [getattr(part, "_keras_mask", None) for part in tf.nest.flatten(y_pred)]
     if all(mask is None for mask in masks):
-        return tf.cast(size, tf.float32)
+        own, everywhere = _replica.examples(x), _replica.examples(batch)
+        return tf.cast(own, tf.float32), tf.cast(everywhere, tf.float32)
     if len(masks) > 1:
         raise ValueError(
-            "Accumulation needs one count of values for each batch, and the outputs of this model have "
-            f"masks of their own. Received: {len(masks)} outputs, masks {masks}. Train it with "
-            "accumulation_steps=1, or mask by sample weights."
+            "Accumulation and replicas need one count of values for each batch, and the outputs of this "
+            f"model have masks of their own. Received: {len(masks)} outputs, masks {masks}. Train it with "
+            "accumulation_steps=1 on one device, or mask by sample weights."
         )
-    return tf.reduce_sum(tf.cast(masks[0], tf.float32))
+    kept = tf.reduce_sum(tf.cast(masks[0], tf.float32))
+    return kept, _replica.total(kept)
 
 
 def _class_weights(y: Any, sample_weight: Any, class_weight: Mapping[int, float]) -> tf.Tensor:

@@ -73,6 +73,11 @@ class Stream:
             yield batch
 
     @property
+    def ahead(self) -> Any:
+        """The batch that `open` has read ahead, as long as it was not handed out."""
+        return self._ahead
+
+    @property
     def can_restart(self) -> bool:
         """Whether there is data for another epoch."""
         return self.source.replays or self._steps_per_epoch is not None
