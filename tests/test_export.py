@@ -115,6 +115,19 @@ def test_a_subclassed_model_is_exported_as_it_is(tmp_path):
     np.testing.assert_allclose(output, model(x), rtol=1e-5, atol=1e-5)
 
 
+class Joined(keras.Model):
+    def call(self, a, b):
+        return a + b
+
+
+def test_a_model_of_several_arguments_is_refused_with_what_to_do(tmp_path):
+    model = Joined(name="joined")
+    model(tf.ones((2, 3)), tf.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"one argument for all inputs. Received: model 'joined'"):
+        tfbn.export(model, tmp_path / "served", fold=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_large_models_keep_their_weights_in_variables(tmp_path, monkeypatch):
     monkeypatch.setattr(_export, "LARGEST_CONSTANTS", 0)
     model = trained()

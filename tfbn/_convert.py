@@ -6,10 +6,8 @@ from typing import Any
 import keras
 
 from tfbn._layer import BatchNormalization
-from tfbn._models import BatchNormLayer, batch_norm_layers
+from tfbn._models import CLASSES, BatchNormLayer, batch_norm_layers
 from tfbn._rebuild import rebuild
-
-CLASSES = (keras.layers.BatchNormalization, BatchNormalization)
 
 
 def convert(

@@ -11,6 +11,7 @@ import keras
 from tfbn._layer import BatchNormalization
 
 BatchNormLayer: TypeAlias = keras.layers.BatchNormalization | BatchNormalization
+CLASSES = (keras.layers.BatchNormalization, BatchNormalization)
 
 
 def batch_norm_layers(model: keras.layers.Layer) -> list[BatchNormLayer]:
@@ -35,8 +36,7 @@ def batch_norm_layers(model: keras.layers.Layer) -> list[BatchNormLayer]:
             "Batch normalization layers can be looked for in a Keras model or layer only. "
             f"Received: model={model!r} of type {type(model).__name__}."
         )
-    kinds = (keras.layers.BatchNormalization, BatchNormalization)
-    return [layer for layer in _walk(model, set()) if isinstance(layer, kinds)]
+    return [layer for layer in _walk(model, set()) if isinstance(layer, CLASSES)]
 
 
 def _walk(layer: keras.layers.Layer, seen: set[int]) -> Iterator[keras.layers.Layer]:

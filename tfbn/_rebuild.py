@@ -45,6 +45,28 @@ def is_functional(layer: Any) -> bool:
     return isinstance(layer, keras.Model) and isinstance(layer, keras.Function)
 
 
+def functional_of(model: keras.Sequential) -> keras.Model:
+    """A built Sequential model as the function of one input that it is, with its own layers."""
+    return keras.Model(model.inputs[0], model.outputs[0], name=model.name)
+
+
+def seen_inputs(model: keras.Model) -> Any:
+    """The inputs that a subclassed model was built for, as symbolic tensors of any batch size, nested.
+
+    Raises:
+        ValueError: if it was not built by a call with one argument.
+    """
+    shapes = (model.get_build_config() or {}).get("input_shape")
+    if shapes is None:
+        raise ValueError(
+            "The shapes of the inputs are not known: call the model on an example first, with one argument "
+            f"for all inputs. Received: model '{model.name}' of class {type(model).__name__}."
+        )
+    return keras.tree.map_shape_structure(
+        lambda shape: keras.KerasTensor((None, *shape[1:]), dtype=model.input_dtype), shapes
+    )
+
+
 def is_custom(layer: keras.layers.Layer) -> bool:
     """Whether this is of a class that does not come with Keras."""
     return not type(layer).__module__.startswith("keras.")

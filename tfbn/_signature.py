@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfbn._rebuild import input_layer, is_functional
+from tfbn._rebuild import functional_of, input_layer, is_functional, seen_inputs
 
 
 class Signature(NamedTuple):
@@ -32,14 +32,21 @@ def signature_of(model: keras.Model) -> Signature:
         ValueError: if the model is not built, or has been called with several arguments.
     """
     if isinstance(model, keras.Sequential) and model.built:
-        model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
+        model = functional_of(model)
     if is_functional(model):
         given, made = model.input, model.output
         names = [input_layer(model, tensor).name for tensor in keras.tree.flatten(given)]
         made_names = model.output_names
     else:
-        given = _inputs_of_subclassed(model)
-        made = model.compute_output_spec(given)
+        given = seen_inputs(model)
+        try:
+            made = model.compute_output_spec(given)
+        except Exception as error:  # `call` is the user's own code.
+            raise ValueError(
+                "What the model gives cannot be found out from the inputs that it was built for: let `call` "
+                f"take one argument for all inputs. Received: model '{model.name}' of class "
+                f"{type(model).__name__}, {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            ) from error
         names = _numbered("input", keras.tree.flatten(given))
         made_names = _numbered("output", keras.tree.flatten(made))
     if isinstance(made, dict):
@@ -47,18 +54,6 @@ def signature_of(model: keras.Model) -> Signature:
     inputs = _specs(names, keras.tree.flatten(given))
     structure = keras.tree.pack_sequence_as(given, inputs)
     return Signature(structure, inputs, _specs(made_names, keras.tree.flatten(made)))
-
-
-def _inputs_of_subclassed(model: keras.Model) -> Any:
-    shapes = (model.get_build_config() or {}).get("input_shape")
-    if shapes is None:
-        raise ValueError(
-            "The shapes of the inputs are not known: call the model on an example first, with one argument "
-            f"for all inputs. Received: model '{model.name}' of class {type(model).__name__}."
-        )
-    return keras.tree.map_shape_structure(
-        lambda shape: keras.KerasTensor((None, *shape[1:]), dtype=model.input_dtype), shapes
-    )
 
 
 def _numbered(name: str, values: list[Any]) -> list[str]:

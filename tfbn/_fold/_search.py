@@ -7,13 +7,12 @@ from typing import Any
 
 import keras
 
-from tfbn._convert import CLASSES
 from tfbn._fold._affine import Affine, Stays, of_batch_norm
 from tfbn._fold._graph import Call, Graph
 from tfbn._fold._linear import LINEAR, Linear, Weights, linear_reason, weights_of
 from tfbn._fold._passing import PASSING, Passing
 from tfbn._fold._report import Outcome, Row
-from tfbn._models import BatchNormLayer, batch_norm_layers
+from tfbn._models import CLASSES, BatchNormLayer, batch_norm_layers
 
 Plan = list[tuple[Call, Weights | Affine]]
 """What calls are to hold from now on."""

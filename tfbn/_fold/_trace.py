@@ -11,10 +11,17 @@ from typing import Any
 
 import keras
 
-from tfbn._convert import CLASSES
 from tfbn._fold._graph import Call, Graph, tensors
-from tfbn._models import _children, batch_norm_layers
-from tfbn._rebuild import Copies, input_like, is_custom, is_functional, without_compilation
+from tfbn._models import CLASSES, _children, batch_norm_layers
+from tfbn._rebuild import (
+    Copies,
+    functional_of,
+    input_like,
+    is_custom,
+    is_functional,
+    seen_inputs,
+    without_compilation,
+)
 
 
 def traced(model: keras.Model) -> Graph:
@@ -66,10 +73,12 @@ class _Tracer:
                 f"Input. Received: model '{model.name}' of class {type(model).__name__}."
             )
         if isinstance(model, keras.Sequential):
-            return keras.Model(model.inputs[0], model.outputs[0], name=model.name)
-        shapes = (model.get_build_config() or {}).get("input_shape")
+            return functional_of(model)
+        inputs = keras.tree.map_structure(
+            lambda seen: keras.Input(batch_shape=seen.shape), seen_inputs(model)
+        )
         try:
-            return self._followed(model, [keras.tree.map_shape_structure(_input_of_shape, shapes)])
+            return self._followed(model, [inputs])
         except Exception as error:  # `call` is the user's own code.
             raise ValueError(
                 f"The graph of the model '{model.name}' of class {type(model).__name__} cannot be seen: "
@@ -145,10 +154,6 @@ def _graph_of(model: keras.Model) -> Graph:
             model, input_tensors=inputs, clone_function=lambda layer: layer, call_function=record
         )
     return Graph(model, inputs, walked.output, calls)
-
-
-def _input_of_shape(shape: Any) -> keras.KerasTensor:
-    return keras.Input(batch_shape=(None, *shape[1:]))
 
 
 def _input_like(tensor: Any) -> Any:
