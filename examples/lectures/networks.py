@@ -96,7 +96,12 @@ class Networks:
         self.model = keras.Model(image, logits)
         self._loop = tfbn.TrainingLoop(self.model, named_optimizer(optimizer), self._sum_of_losses)
         self._untrained = self.model.get_weights()
-        self._infer = tf.function(lambda images: self.model(images, training=False))
+        self._train = tuple(tf.constant(part) for part in setting.train)
+        self._infer = tf.function(
+            lambda images: self.model(images, training=False),
+            autograph=False,
+            reduce_retracing=True,
+        )
 
     def begin(self, learning_rate: float, gain: float | np.ndarray = 1.0) -> None:
         """Draws fresh weights, W ~ N(0, gain² / inputs), and forgets all training; b, β = 0 and γ = 1.
@@ -168,11 +173,10 @@ class Networks:
         It takes `training`, by default False; the moving statistics stay as they are either way.
         """
         inside = keras.Model(self.model.input, [layer.output for layer in layers])
-        run = tf.function(lambda images, training: inside(images, training=training))
 
         def look(images: np.ndarray, training: bool = False) -> list[np.ndarray]:
             with tfbn.pause_statistics(self.model):
-                outputs = run(self.spread(images), training)
+                outputs = inside(self.spread(images), training=training)
             return [self.each(output) for output in tf.nest.flatten(outputs)]
 
         return look
@@ -227,7 +231,7 @@ class Networks:
     def _batch(self, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The examples in these rows of the training set, (batch, seeds), for all networks."""
         copies = (1, self.number // self.setting.seeds)
-        images, labels = (tf.constant(part) for part in self.setting.train)
+        images, labels = self._train
         features = tf.reshape(tf.gather(images, rows), (len(rows), -1))
         return tf.tile(features, copies), tf.tile(tf.gather(labels, rows), copies)
 
