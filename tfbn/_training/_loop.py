@@ -43,6 +43,24 @@ class TrainingLoop:
     either normalizes each of the k batches by its own statistics. The last group of an epoch may be
     short, and is an update too.
 
+    With a ``strategy``, every worker process runs the same program and reads the same batches in the same
+    order; each replica trains on its share of them, so that batch sizes are those of all replicas
+    together. Shares differ by at most one example and may be empty: nothing is dropped, and what one
+    device would train on whole batches comes out, with ``synchronized=True`` to rounding (of a loss that
+    is a mean; of other layers that mix the examples of a batch, each replica sees its own). A step takes
+    one all-reduce for the gradients, one for all statistics that are not synchronized, and, where a
+    callback or the progress bar reads logs after each batch, one for each variable of the metrics. The
+    optimizer clips, checks and applies the gradients of the whole batch. To read all data costs every
+    worker what it costs one; where that is too much, `keras.Model.fit` takes a distributed data set.
+
+    Callbacks run on every worker, and get the same logs of all replicas everywhere; one that stops the
+    training after a batch has to decide by them. Those of Keras that only write (ModelCheckpoint,
+    TensorBoard, CSVLogger, RemoteMonitor) run on the chief, the first worker, and so do the progress bar
+    and the writing of backups. All workers read the backup: without a file system that they share, copy
+    it to each of them. When a worker is lost, TensorFlow raises `tf.errors.UnavailableError` on the others
+    as soon as the connection breaks; all workers are to be started again, and go on from the last
+    backup, which is never one from the middle of an accumulated group.
+
     After the first epoch the loop raises if batch normalization layers have learned no moving statistics,
     the mistake that custom loops make most; layers that are to stand still (``trainable=False``, or
     ``momentum=1``) are left alone.
@@ -53,15 +71,19 @@ class TrainingLoop:
         loss: A loss, as in `keras.Model.compile`: a name, a function, a `keras.losses.Loss`, or a list or
             dict of them for several outputs. `None` if the model adds all its losses itself.
         metrics: Metrics, as in `keras.Model.compile`.
-        strategy: `None`: one device.
-        jit_compile: Whether XLA compiles the step. ``"auto"`` is as in `keras.Model.compile`.
+        strategy: A `tf.distribute.MirroredStrategy`, `MultiWorkerMirroredStrategy` or
+            `OneDeviceStrategy`, in whose scope the model, the optimizer and the metrics were made; `None`:
+            one device.
+        jit_compile: Whether XLA compiles the step, on one replica. ``"auto"`` is as in
+            `keras.Model.compile`.
         accumulation_steps: The number of consecutive batches that make one update.
         loss_weights: As in `keras.Model.compile`.
         weighted_metrics: As in `keras.Model.compile`.
 
     Raises:
-        TypeError: if the model is no Keras model.
-        ValueError: if an argument has no meaning, or contradicts another.
+        TypeError: if the model is no Keras model, or the strategy of another kind.
+        ValueError: if an argument has no meaning, or contradicts another; if something was made outside the
+            scope of the strategy.
 
     Reference:
         Chan, Golub, LeVeque. Algorithms for computing the sample variance. The American Statistician
@@ -150,7 +172,7 @@ class TrainingLoop:
             steps_per_epoch: How many batches make an epoch, by default one pass over the data. Endless
                 data needs it. A pass goes on in the next epoch, and is followed by another one.
             callbacks: Keras callbacks.
-            batch_size: For arrays, 32 by default.
+            batch_size: For arrays, 32 by default; of all replicas together.
             shuffle: Whether arrays (their examples) and a PyDataset (its batches) are shuffled.
             seed: The order of each epoch follows from it. By default it is drawn from Python's `random`,
                 which `keras.utils.set_random_seed` seeds.
@@ -167,7 +189,9 @@ class TrainingLoop:
             StatisticsNotUpdatedError: (a `RuntimeError`) if batch normalization did not learn its moving
                 statistics in the first epoch. The trained weights stay.
             TypeError: if the data is of no kind that is known.
-            ValueError: if the data is empty, or an argument has no meaning. Nothing is changed then.
+            ValueError: if the data is empty, or an argument has no meaning; if workers would begin with
+                different data, or at different places. Nothing is changed then.
+            tf.errors.UnavailableError: if another worker was lost.
         """
         check_count("epochs", epochs)
         check_count("validation_freq", validation_freq)
