@@ -25,6 +25,9 @@ def redirect(receive: Receiver) -> Iterator[None]:
     A layer that runs in a graph of its own (a branch of ``tf.cond``, a loop, a recomputed block)
     cannot let its tensors out of that graph: it updates its moving statistics at once, as it does
     without a receiver.
+
+    On many replicas the moments are those of this one, and those of the global batch where
+    ``layer.synchronized``: who receives them pools the former, with `_replicas.pooled`.
     """
     previous = getattr(_local, "receiver", None)
     _local.receiver = (receive, _graph())
