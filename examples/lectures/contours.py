@@ -28,13 +28,13 @@ CLAIMS = {
 
 
 def run(setting: Setting) -> Result:
-    at = setting.pick([0, 10, 30, 100, 300, 1000], [0, 5])
+    at, early = setting.pick(([0, 10, 30, 100, 300, 1000], 100), ([0, 5], 5))
     normal, plain = (train(setting, norm, at) for norm in ("tfbn", "none"))
     ratios = {name: plain[name] / normal[name] for name in CLAIMS}
     ratios["length"] = 1 / ratios["length"]
     claims = [
-        Claim("L11", f"{claim} after {at[index]} steps", measured, ratios[name][:, index], above=1)
-        for index in (0, at.index(setting.pick(100, 5)))
+        Claim("L11", f"{claim} {when}", measured, ratios[name][:, index], above=1)
+        for index, when in ((0, "before training"), (at.index(early), f"after {early} steps"))
         for name, (claim, measured) in CLAIMS.items()
     ]
     seen = " ".join(

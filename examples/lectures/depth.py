@@ -23,7 +23,7 @@ NORMS = {"with": "tfbn", "without": "none"}
 
 
 def run(setting: Setting) -> Result:
-    depths, steps = setting.pick(DEPTHS, (2, 3)), setting.pick(200, 60)
+    depths, steps = setting.pick(DEPTHS, (2,)), setting.pick(200, 60)
     to_goal = {
         activation: {
             kind: np.stack([fastest(setting, activation, norm, d, steps) for d in depths], axis=-1)

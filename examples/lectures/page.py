@@ -14,6 +14,23 @@ otherwise: that is computed from the numbers, and nothing was tuned until it agr
 """
 
 
+LECTURES = {
+    "L2": "with γ the spread and β the mean of its input, the layer is the identity",
+    "L3": "γ and β learn, and give each unit the mean and spread that suit its activation",
+    "L4": "before the activation or after it: a debate; before is the default in practice",
+    "L5": "a bias before batch norm cancels out",
+    "L6": "γ and β are trained by whatever optimizer trains the weights",
+    "L7": "at test time the statistics are fixed, and a prediction depends on its example alone",
+    "L8": "a framework has it in one line",
+    "L9": "a wider range of hyperparameters works",
+    "L10": "very deep networks become trainable, and training is faster",
+    "L11": "contours become rounder, so gradient descent takes larger steps",
+    "L12": "as earlier weights change, the distribution that a later layer sees moves less",
+    "L13": "the noise of mini-batches regularizes a little, and less the larger they are",
+    "L14": "it fits into every hidden layer of a network trained by mini-batch gradient descent",
+}
+
+
 def write(folder: Path, names: list[str]) -> Path:
     """Writes README.md of those experiments of which the folder has a result, and returns its path."""
     results = {n: Result.load(p) for n in names if (p := folder / "gallery" / f"{n}.json").exists()}
@@ -24,17 +41,17 @@ def write(folder: Path, names: list[str]) -> Path:
 
 
 def _overview(results: dict[str, Result]) -> str:
-    """Each claim by its number, with a link to the experiments."""
-    found: dict[str, list[str]] = {}
-    for name, result in results.items():
-        for claim in result.claims:
-            entry = f"{claim.verdict} ([{result.title.lower()}](#{name}))"
-            entries = found.setdefault(claim.lecture, [])
-            if entry not in entries:
-                entries.append(entry)
-    lines = ["| lecture | found |", "|---|---|"]
-    for lecture in sorted(found, key=lambda text: int(text.removeprefix("L"))):
-        lines.append(f"| {lecture} | {'; '.join(found[lecture])} |")
+    """How many of the numbers on each claim bear it out, by experiment."""
+    lines = ["| | the lectures claim | numbers that bear it out |", "|---|---|---|"]
+    for lecture, claimed in LECTURES.items():
+        found = []
+        for name, result in results.items():
+            verdicts = [c.verdict == "borne out" for c in result.claims if c.lecture == lecture]
+            if verdicts:
+                link = f"[{result.title.lower()}](#{name})"
+                found.append(f"{sum(verdicts)} of {len(verdicts)} ({link})")
+        if found:
+            lines.append(f"| {lecture} | {claimed} | {', '.join(found)} |")
     return "\n".join(lines) + "\n"
 
 
