@@ -376,7 +376,8 @@ def test_tensorflow_lite_takes_it(tmp_path, folded):
     model = trained()
     path = tfbn.export(model, tmp_path / "served", fold=folded)
     lite = tf.lite.TFLiteConverter.from_saved_model(str(path)).convert()
-    with pytest.warns(UserWarning, match="tf.lite.Interpreter is deprecated"):
+    # TensorFlow 2.18 says it in other words.
+    with pytest.warns(UserWarning, match=r"tf\.lite\.Interpreter is deprecated|LiteRT interpreter"):
         interpreter = tf.lite.Interpreter(model_content=lite)
     run = interpreter.get_signature_runner("serving_default")
     served = run(image=images(1).numpy())["scores"]

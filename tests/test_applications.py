@@ -1,0 +1,51 @@
+"""The networks of keras.applications are converted and folded as docs/applications.md has it."""
+
+import json
+
+import keras
+import pytest
+
+from benchmarks import applications
+
+RUN = json.loads(applications.RESULTS.read_text())
+RESULTS = {result["network"]: result for result in RUN["results"]}
+
+
+def test_the_page_is_that_of_the_committed_results():
+    assert applications.PAGE.read_text() == applications.page(RUN), "see benchmarks/applications.py"
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_each_network_keeps_its_outputs_and_what_is_left_is_explained(name):
+    result = RESULTS[name]
+    assert result["identical"]
+    # A random network of a hundred layers magnifies rounding beyond the bar, folded or not.
+    assert result["difference"] <= max(applications.BAR, 10 * result["converted_difference"])
+    assert result["directly_behind_left"] == result["unchanged"] == 0
+    left = result["layers"] - result["folded"]
+    assert left == result["multiply_add"] == len(result["left"])
+    assert all(row["reason"] for row in result["left"])
+
+
+def test_no_family_is_missing():
+    names = {"DenseNet", "EfficientNetB", "EfficientNetV2", "InceptionResNet", "InceptionV3"}
+    names |= {"MobileNetV2", "MobileNetV3", "NASNet", "ResNet50", "ResNet50V2", "VGG", "Xception"}
+    assert all(any(name.startswith(family) for name in RESULTS) for family in names)
+
+
+@pytest.mark.parametrize("name", ["MobileNetV2", "ResNet50V2", "Xception"])
+def test_a_network_comes_out_as_it_did(name):
+    result = applications.measured(name, size=72)
+    keys = ["layers", "directly_behind", "directly_behind_left", "identical", "folded", "left"]
+    assert {key: result[key] for key in keys} == {key: RESULTS[name][key] for key in keys}
+    assert result["difference"] <= applications.BAR
+    assert result["converted_difference"] <= applications.BAR
+
+
+def test_a_layer_directly_behind_is_one_that_alone_takes_the_output_of_a_linear_layer():
+    x = keras.Input((8, 8, 3))
+    conv, norm = keras.layers.Conv2D, keras.layers.BatchNormalization
+    linear, curved = conv(4, 3, name="linear")(x), conv(4, 3, activation="relu")(x)
+    shared = conv(4, 3)(x)
+    outputs = [norm(name="yes")(linear), norm()(curved), norm()(shared), shared * 2.0, norm()(x)]
+    assert applications.directly_behind(keras.Model(x, outputs)) == {"yes"}
