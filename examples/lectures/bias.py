@@ -1,12 +1,11 @@
 """The bias that cancels.
 
-L5: a bias b before batch norm cancels out, as the mean that is subtracted holds it too. Its gradient is zero; drop
-it, β serves.
+L5: a bias b before batch norm cancels out, as the mean holds it too. Its gradient is zero; drop it, β serves.
 
 Networks with a bias before the batch norm of every hidden layer begin with b drawn at random, learn, and b and β
 are watched; so is b in networks without batch norm. Zero is zero to rounding: the gradient of b is a sum of terms
 that cancel, each with the 7 digits of float32. Gradient descent takes a step of that size. Adam divides a gradient
-by its own size: by rounding errors, too, it takes steps, though a shorter one.
+by its own size, so that rounding errors make steps too, though shorter ones.
 """
 
 from collections.abc import Sequence
