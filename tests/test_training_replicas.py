@@ -1,8 +1,10 @@
 """Training on several replicas is training on one device: weights, statistics, history and metrics."""
 
+import keras
 import numpy as np
 import pytest
 
+from tfbn._training._gradients import _SUM
 from trained import SCENARIOS, Observed, run_devices
 
 pytestmark = pytest.mark.timeout(300)
@@ -79,6 +81,15 @@ def test_layers_that_are_not_synchronized_hold_the_same_statistics_after_every_s
 
 def test_a_step_takes_one_collective_for_the_gradients_and_one_for_all_statistics(trained):
     assert trained["apart/collectives/2"] == 2
+
+
+def test_should_keras_sum_the_gradients_again_they_are_those_of_one_device_all_the_same(trained):
+    for name, value in under(trained, "summed again/weight").items():
+        assert distance(value, trained[f"heads/1/weight/{name}"]) <= 1e-4
+
+
+def test_keras_still_sums_gradients_by_the_name_we_know():
+    assert hasattr(keras.optimizers.SGD(), _SUM)
 
 
 def test_what_ctrl_c_ended_goes_on_from_its_backup(trained):

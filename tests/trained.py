@@ -216,9 +216,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             observed |= {f"{scenario.id}/{number}/{name}": value for name, value in seen.items()}
     for name, experiment in EXPERIMENTS.items() if options.devices > 1 else ():
         observed |= {f"{name}/{key}": v for key, v in experiment(strategies).items()}
-    np.savez(options.output, **observed)
     if options.addresses:
-        replicas.meet(next(iter(strategies.values())))
+        (strategy,) = strategies.values()
+        observed |= differing(strategy, options.index)
+        replicas.meet(strategy)
+    np.savez(options.output, **observed)
 
 
 def interrupting(options: argparse.Namespace) -> list[Any]:
@@ -351,6 +353,29 @@ def interrupted(strategies: dict[int, Any]) -> Observed:
     return observed
 
 
+def summed_again(strategies: dict[int, Any]) -> Observed:
+    """A training with optimizers that cannot be kept from summing gradients."""
+    from tfbn._training import _gradients
+
+    (scenario,) = (scenario for scenario in SCENARIOS if scenario.id == "heads")
+    name, _gradients._SUM = _gradients._SUM, "_a_name_that_is_gone"
+    try:
+        return train(scenario, strategies[2])
+    finally:
+        _gradients._SUM = name
+
+
+def differing(strategy: Any, index: int) -> Observed:
+    """What workers are told whose data differ."""
+    x, y = labelled(8)
+    scenario = Scenario("", dense, lambda: (x + index, y), classification)
+    try:
+        train(scenario, strategy)
+    except ValueError as error:
+        return {"error": np.array(str(error))}
+    return {}
+
+
 def refused(strategies: dict[int, Any]) -> Observed:
     """The errors and warnings of what cannot be trained on two replicas."""
     import warnings
@@ -395,6 +420,7 @@ EXPERIMENTS: dict[str, Callable[[dict[int, Any]], Observed]] = {
     "apart": apart,
     "interrupted": interrupted,
     "refused": refused,
+    "summed again": summed_again,
 }
 
 

@@ -64,7 +64,7 @@ class Accumulator:
         weight = tf.convert_to_tensor(self._weight)
         sums = over_replicas(
             [
-                total if connected else None
+                tf.convert_to_tensor(total) if connected else None
                 for total, connected in zip(self._gradients, self._connected, strict=True)
             ]
         )

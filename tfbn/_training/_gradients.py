@@ -17,10 +17,12 @@ Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices | None
 _SUM = "_all_reduce_sum_gradients"
 
 
-def over_replicas(gradients: Sequence[Gradient]) -> list[tf.Tensor | None]:
+def over_replicas(gradients: Sequence[Gradient]) -> list[Gradient]:
     """The sum over all replicas, in one all-reduce; `None` stays where nothing depends on a variable."""
+    if _replicas.number() == 1 or all(gradient is None for gradient in gradients):
+        return list(gradients)
     known = [tf.convert_to_tensor(gradient) for gradient in gradients if gradient is not None]
-    sums = iter(_replicas.summed(known) if known and _replicas.number() > 1 else known)
+    sums = iter(_replicas.summed(known))
     return [None if gradient is None else next(sums) for gradient in gradients]
 
 

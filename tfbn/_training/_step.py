@@ -187,11 +187,12 @@ class Steps:
     ) -> tf.Tensor:
         """The mean loss of a batch, or this replica's share of it."""
         model = self._model
-        before = [(v, tf.convert_to_tensor(v)) for v in model.metrics_variables]
+        shared = _replicas.number() > 1
+        before = [(v, tf.convert_to_tensor(v)) for v in model.metrics_variables if shared]
         loss = model.compute_loss(
             x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
         )
-        if _replicas.number() == 1:
+        if not shared:
             return loss
         own, everywhere = _values_behind(y_pred, x, batch)
         # Keras counts the loss of an output once for each batch: in the metric too, a share is a share.
