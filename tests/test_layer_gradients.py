@@ -131,6 +131,36 @@ def test_gradients_of_a_gradient_penalty_are_its_slopes(case):
     np.testing.assert_allclose(slope, tf.reduce_sum(run(x)[1] * along), rtol=1e-6)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("small", [True, False])
+def test_gradient_of_a_gradient_through_nested_functions(training, small, monkeypatch):
+    """As in one graph; around a nested function the inputs of the layer are in another."""
+    monkeypatch.setattr("tfbn._normalize.SMALL", 10**9 if small else 0)
+    layer = tfbn.BatchNormalization()
+    x = tf.random.normal((6, 3), seed=1)
+    layer.build(x.shape)
+
+    def slopes_of_slopes(nest):
+        @nest
+        def cubes(x):
+            return tf.reduce_sum(layer(x * x, training=training) ** 3)
+
+        @nest
+        def slopes(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = cubes(x)
+            return tape.gradient(y, x)
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.reduce_sum(slopes(x) ** 2)
+        return tape.gradient(y, x)
+
+    flat, nested = slopes_of_slopes(lambda f: f), slopes_of_slopes(tf.function)
+    np.testing.assert_allclose(nested, flat, rtol=1e-4, atol=1e-4 * np.abs(flat).max())
+
+
 @pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[4]], ids=without_mode)
 def test_third_order(case):
     x, dy, gamma, beta = reference(case)

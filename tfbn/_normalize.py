@@ -241,6 +241,10 @@ def _differentiable(
 
         @tf.custom_gradient
         def first(dy: tf.Tensor, *inputs: tf.Tensor) -> tuple[Sequence[tf.Tensor], Callable]:
+            if not tf.executing_eagerly():
+                # In the graph of this derivative, which the second one can reach. Around a nested
+                # tf.function the inputs may be in one that it cannot.
+                dy, *inputs = (tf.identity(tensor) for tensor in (dy, *inputs))
             return back(dy, *inputs), lambda *upstream: second(upstream, dy, *inputs)
 
         return y, lambda dy: first(dy, *inputs)
