@@ -241,11 +241,12 @@ def _differentiable(
 
         @tf.custom_gradient
         def first(dy: tf.Tensor, *inputs: tf.Tensor) -> tuple[Sequence[tf.Tensor], Callable]:
+            own = (dy, *inputs)
             if not tf.executing_eagerly():
                 # In the graph of this derivative, which the second one can reach. Around a nested
                 # tf.function the inputs may be in one that it cannot.
-                dy, *inputs = (tf.identity(tensor) for tensor in (dy, *inputs))
-            return back(dy, *inputs), lambda *upstream: second(upstream, dy, *inputs)
+                own = tuple(tf.identity(tensor) for tensor in own)
+            return back(*own), lambda *upstream: second(upstream, *own)
 
         return y, lambda dy: first(dy, *inputs)
 
