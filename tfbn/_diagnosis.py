@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ LAYER_HEADER = (
     "batch noise",
     "findings",
 )
+WIDTH = 80
+"""Of what is printed, but for tables and calls."""
 MODE_ORDER = ("training", "inference", "recalibrated")
 
 
@@ -124,11 +127,7 @@ class Diagnosis:
         figure.savefig(path)
 
     def __str__(self) -> str:
-        parts = [
-            f"{finding.severity}: {finding.kind} ({_of(finding)})\n    {finding.what} {_numbers(finding)}\n"
-            f"    cure: {finding.cure}"
-            for finding in self.findings
-        ]
+        parts = [_text(finding) for finding in self.findings]
         parts = parts or ["No findings: the moving statistics are those of the data."]
         title = f"Batch normalization layers. {self._extent()}"
         parts.append(_tables.text(title, LAYER_HEADER, self._layer_rows()))
@@ -163,6 +162,15 @@ class Diagnosis:
         names = list(self.modes["inference"])
         rows = [[m, *(f"{self.modes[m][name]:.4g}" for name in names)] for m in MODE_ORDER]
         return ["mode", *names], rows
+
+
+def _text(finding: Finding) -> str:
+    """A finding for the terminal. A call that cures it is not broken in two."""
+    what = textwrap.wrap(f"{finding.what} {_numbers(finding)}", WIDTH - 4, break_long_words=False)
+    cure = f"cure: {finding.cure}".split("; and ")
+    cure = [*(f"{call}; and" for call in cure[:-1]), cure[-1]]
+    head = f"{finding.severity}: {finding.kind} ({_of(finding)})"
+    return "\n    ".join([head, *what, "\n          ".join(cure)])
 
 
 def _of(finding: Finding) -> str:

@@ -11,8 +11,10 @@ them runs. A call in a branch or a loop cannot return tensors from there; it poo
 it is, and the model is then traced once for each pass.
 """
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -86,6 +88,7 @@ class Population:
             }
         self._observe = tf.function(self._observed, autograph=False)
         self._compiled: dict[Any, Callable[[Any], None]] = {}
+        self._running = threading.local()
 
     def measure(self, batches: Callable[[int], Iterable[tuple[Any, Any]]]) -> None:
         """Runs all passes.
@@ -148,7 +151,8 @@ class Population:
         if key not in self._compiled:
 
             def step(batch: Any) -> None:
-                self.strategy.run(self._take, args=(batch, level))
+                with self._replaced():
+                    self.strategy.run(self._take, args=(batch, level))
 
             with traced_apart():
                 function = tf.function(step, autograph=False).get_concrete_function(spec)
@@ -158,8 +162,11 @@ class Population:
     def _take(self, batch: Any, level: int) -> None:
         """One replica's part of a batch."""
         arguments = (_share(batch), level if self._nested else None)
-        # Asked for so, the function is traced once, and called here as what it was traced into.
-        observe = self._observe.get_concrete_function(*arguments)
+        observe: Callable[..., list[list[Moments]]] = self._observed
+        if (
+            self._exact
+        ):  # Traced once for all passes. (By batches there is one, in which replicas may meet.)
+            observe = self._observe.get_concrete_function(*arguments)
         seen = dict(zip(self.sites, observe(*arguments), strict=True))
         if level in self._pools:
             sites = self._side_by_side(level)
@@ -188,31 +195,31 @@ class Population:
 
         Called while a graph is traced, after `measure`.
         """
-        if upstream == "population":
-            return self._run(batch, lambda site, *inputs: site.normalize(*inputs))
-        return self._run(batch, lambda site, *inputs: normalize_by_batch(site.layer, *inputs)[0])
+
+        def normalize(site: Site, *inputs: Any) -> tf.Tensor:
+            if upstream == "population":
+                return site.normalize(*inputs)
+            return normalize_by_batch(site.layer, *inputs)[0]
+
+        with self._replaced():
+            return self._run(batch, normalize)
 
     def _run(self, batch: Any, normalize: Callable[..., tf.Tensor]) -> Any:
         """Runs the model on a batch, with ``normalize(site, x, axes, mask)`` in place of the layers' calls."""
         called: list[BatchNormLayer] = []
         expected = [site.layer for site in self.sites]
 
-        def replaced(layer: BatchNormLayer) -> Callable[..., tf.Tensor]:
-            infer = layer.call
+        def call(layer: BatchNormLayer, infer: Callable, inputs: Any, mask: Any) -> tf.Tensor:
+            called.append(layer)
+            if called != expected[: len(called)]:  # An error, once Keras is out of the way.
+                return infer(inputs, training=False, mask=mask)
+            x = tf.convert_to_tensor(inputs)
+            axes = _arguments.resolved_axes(layer.axis, x.shape)
+            mask = None if mask is None else _arguments.fitted_mask(mask, x)
+            return normalize(self.sites[len(called) - 1], x, axes, mask)
 
-            def call(inputs: Any, training: Any = None, mask: Any = None) -> tf.Tensor:
-                called.append(layer)
-                if called != expected[: len(called)]:  # An error, once Keras is out of the way.
-                    return infer(inputs, training=False, mask=mask)
-                x = tf.convert_to_tensor(inputs)
-                axes = _arguments.resolved_axes(layer.axis, x.shape)
-                mask = None if mask is None else _arguments.fitted_mask(mask, x)
-                return normalize(self.sites[len(called) - 1], x, axes, mask)
-
-            return call
-
-        with calls_replaced([(layer, replaced(layer)) for layer in self._layers]):
-            outputs = self.forward(self._model, batch)
+        self._running.call = call
+        outputs = self.forward(self._model, batch)
         if called != expected:
             raise ValueError(
                 "The model calls other batch normalization layers for this batch than for the first: "
@@ -221,6 +228,24 @@ class Population:
                 f"{[name_of(layer) for layer in expected]}."
             )
         return outputs
+
+    @contextlib.contextmanager
+    def _replaced(self) -> Iterator[None]:
+        """While open, the layers' calls are what the `_run` of their thread makes of them.
+
+        Open around all replicas: where synchronized layers meet, they take turns in threads of their own.
+        """
+
+        def replaced(layer: BatchNormLayer) -> Callable[..., tf.Tensor]:
+            infer = layer.call
+
+            def call(inputs: Any, training: Any = None, mask: Any = None) -> tf.Tensor:
+                return self._running.call(layer, infer, inputs, mask)
+
+            return call
+
+        with calls_replaced([(layer, replaced(layer)) for layer in self._layers]):
+            yield
 
     def _conclude(self, level: int, batches: int) -> None:
         """Tells the calls of a level what was found about them."""

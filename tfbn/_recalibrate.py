@@ -121,8 +121,9 @@ def recalibrate(
     batch size makes no difference: what is sought does not depend on batches. To see upstream layers
     normalize by virtual batches, feed ``upstream="batch"`` batches of that size. With
     ``momentum=None`` the result counts as the average over the batches of one pass, to be continued.
-    Synchronized or not, statistics are pooled over all replicas of the strategy that the model was
-    made under; each normalizes a share of every batch.
+    Under a `tf.distribute` strategy each replica takes a share of every batch, and statistics are those
+    of all shares. (With ``upstream="batch"`` it normalizes its share by itself or, where the layer is
+    synchronized, with the others.)
 
     Args:
         model: A Keras model or layer. It is built if it is not; otherwise, only the moving

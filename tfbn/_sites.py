@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from tfbn import _replicas
 from tfbn._models import BatchNormLayer
 from tfbn._moments import Moments, along, merge, moments, statistics_dtype
 from tfbn._normalize import normalize, normalize_batch
@@ -126,10 +127,23 @@ class Site:
 def normalize_by_batch(
     layer: BatchNormLayer, x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None
 ) -> tuple[tf.Tensor, Moments]:
-    """What a layer without renorm or virtual batches gives for a batch in training, and its moments."""
+    """What a layer without renorm or virtual batches gives for a batch in training, and its moments.
+
+    Of those that a synchronized layer shares with other replicas, a part goes to each.
+    """
     scale, offset = _affine(layer, statistics_dtype(x.dtype))
-    y, batch = normalize_batch(x, scale, offset, axes=axes, epsilon=layer.epsilon, mask=mask)
-    return tf.cast(y, layer.compute_dtype), batch
+    synchronized = getattr(layer, "synchronized", False)
+    y, (count, mean, variance) = normalize_batch(
+        x,
+        scale,
+        offset,
+        axes=axes,
+        epsilon=layer.epsilon,
+        mask=mask,
+        synchronized=synchronized,
+    )
+    share = 1 / _replicas.number() if synchronized else 1.0
+    return tf.cast(y, layer.compute_dtype), Moments(share * count, mean, variance)
 
 
 def pooled(sites: Sequence[Site], summary: int = 0) -> Moments:
