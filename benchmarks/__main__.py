@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         from benchmarks import picture
     except ImportError as error:
-        print(f"no picture: {error}. Install it: pip install 'tfbn[plots]'", file=sys.stderr)
+        print(f"no picture: {error}. Install it: pip install '.[plots]'", file=sys.stderr)
     else:
         picture.draw(found, options.output / f"{name}.png")
     print(f"\n{bars.summary(found)}\n\nresults: {options.output}/{name}.json, .md, .png")

@@ -206,8 +206,9 @@ def document(run: dict[str, Any]) -> str:
                 "## What a network adds: a model",
                 "An all-reduce of m bytes over R replicas takes the less of a ring, 2(R − 1)α + 2m(R − 1)/(Rβ), and a "
                 "tree, 2⌈log₂ R⌉(α + m/β), with the latency α of a message and the bandwidth β. The bytes are those of "
-                "`benchmarks/scaling.py`; α and β are assumed, not measured. Milliseconds a step for a ResNet-50, 53 "
-                "layers with 26,560 channels, if nothing hides them behind computation:",
+                "`benchmarks/scaling.py`; α and β are assumed, not measured. In a TrainingLoop one all-reduce serves "
+                "the statistics of all layers; the gradients are the model's own, for comparison. Milliseconds a step "
+                "for a ResNet-50, 53 layers with 26,560 channels, if nothing hides them behind computation:",
                 model_table(),
             ]
         )

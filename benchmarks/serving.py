@@ -31,6 +31,7 @@ SIZE = 128
 MOST_BEHIND = 1.03
 """How many times as long as the network without batch normalization a folded one may take."""
 KINDS = ["stock", "folded", "bare", "tfbn", "bare tfbn"]
+RATIOS = [("stock", "folded"), ("stock", "tfbn"), ("folded", "bare"), ("tfbn", "bare tfbn")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,17 +115,13 @@ def measured(name: str, folder: Path, turns: int, threads: int) -> dict[str, Any
         check=True,
     )
     times = json.loads(done.stdout)
-    medians = {kind: times[kind]["median"] for kind in KINDS}
     return {
         "network": name,
         "batch": batch,
         "size": SIZE,
         "threads": threads,
         "milliseconds": times,
-        "stock / folded": medians["stock"] / medians["folded"],
-        "stock / tfbn": medians["stock"] / medians["tfbn"],
-        "folded / bare": times["folded / bare"],
-        "tfbn / bare tfbn": times["tfbn / bare tfbn"],
+        **{ratio: times.pop(ratio) for ratio in (f"{one} / {other}" for one, other in RATIOS)},
     }
 
 
@@ -162,7 +159,8 @@ def section(run: dict[str, Any]) -> str:
     head += ["folded: of the time without BN", "by tfbn.export: times as fast"]
     return (
         f"Milliseconds a batch of {SIZE}×{SIZE} images, served as SavedModels by TensorFlow alone; {e['processor']}, "
-        f"{e['threads']} threads; {versions}; {run['date']}; medians of {run['turns']} turns.\n\n"
+        f"{e['threads']} threads; {versions}; {run['date']}; medians of {run['turns']} turns, "
+        "ratios too: turn by turn, hence not quotients of the columns. In brackets: what a run is to show.\n\n"
         + table(head, rows)
     )
 
@@ -200,10 +198,9 @@ def serve(folder: Path, batch: int, turns: int, threads: int) -> None:
         kind: dict(zip(("q1", "median", "q3"), np.percentile(values, [25, 50, 75]), strict=True))
         for kind, values in times.items()
     }
-    for kind in ("folded", "tfbn"):
-        bare = "bare" if kind == "folded" else "bare tfbn"
+    for one, other in RATIOS:
         # Turn by turn: what else the machine does meets both.
-        result[f"{kind} / {bare}"] = float(np.median(np.divide(times[kind], times[bare])))
+        result[f"{one} / {other}"] = float(np.median(np.divide(times[one], times[other])))
     print(json.dumps(result))
 
 

@@ -90,7 +90,8 @@ class Diagnosis:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError(
-                f"Diagnosis.plot needs matplotlib: pip install 'tfbn[plots]'. Received: {error}."
+                "Diagnosis.plot needs matplotlib: pip install 'tfbn[plots]' (in a checkout: pip install "
+                f"'.[plots]'). Received: {error}."
             ) from error
         layers = [layer for layer in self.layers if layer.measured]
         suspects = {name for finding in self.findings for name in finding.layers}

@@ -65,7 +65,7 @@ def export(
         ValueError: if the model is not built, or cannot be folded; see `tfbn.fold`.
         FileExistsError: if something is at `path`, and `overwrite` is False or it is no SavedModel.
         OSError: if the disk is full, or the directory cannot be written.
-        ExportError: if the SavedModel gives other outputs than the model.
+        ExportError: (a `RuntimeError`) if the SavedModel gives other outputs than the model.
 
     Example:
         >>> tfbn.export(model, "served/1")

@@ -6,10 +6,13 @@ The choice is made while the graph is traced, from what is known then:
 case                                                  kernel
 ====================================================  ==============================================
 float32, float16, bfloat16; channels last             fused (``_fused.py``)
-the same with channels elsewhere, training on a CPU   fused, between two transpositions
+the same over replicas                                fused (``_synchronized.py``)
+channels elsewhere, on a CPU: training, and           fused, between two transpositions
+inference in half precision
 a small tensor in a graph on a CPU                    formula, with a gradient written by hand
 float64, masks                                        formula, with a gradient written by hand
 under XLA                                             formula, differentiated by TensorFlow
+                                                      (over replicas with that gradient)
 ====================================================  ==============================================
 
 Each call of the fused kernel costs a CPU about 0.1 ms before it does anything: on 64×32 values,
@@ -21,9 +24,8 @@ than Keras's formula on a CPU). It is left to differentiate the formula itself: 
 written by hand it computed the same products several times. The formulas run on views with as few
 axes as can be, in which XLA reduces twice as fast.
 
-The formula computes in float32. A large half-precision tensor is copied for it only where nothing
-else serves, under a mask and for statistics over replicas, and the copy is not kept for the
-backward pass.
+The formula computes in float32. A large half-precision tensor is copied for it only under a mask,
+where nothing else serves, and the copy is not kept for the backward pass. (XLA fuses the cast.)
 
 Derivatives of derivatives are always those of the formula: the fused kernel's own second derivative
 is neither complete nor needed often.

@@ -95,8 +95,8 @@ def recalibrate(
 ) -> Recalibration:
     r"""Sets the moving statistics of all batch normalization layers to those of a whole data set.
 
-    It is the lectures' own rule for test time, the mean and variance "over the entire training
-    set", and the cure wherever the moving average is not what the model needs: too few updates or a
+    It is the original paper's rule for test time, the mean and variance of the whole training
+    set, and the cure wherever the moving average is not what the model needs: too few updates or a
     momentum that lags, weights that were averaged or loaded, data of another domain (its labels are
     not needed), a bad batch. Stock `keras.layers.BatchNormalization` layers and ours are served
     alike. For each channel over all :math:`N` values in the data,

@@ -17,7 +17,7 @@ import numpy as np
 import tfbn
 from examples.lectures import style
 from examples.lectures.networks import Networks
-from examples.lectures.result import Claim, Result
+from examples.lectures.result import Claim, Result, number
 from examples.lectures.setting import Setting
 
 RATES = {"sgd": 0.3, "adam": 0.003}
@@ -65,7 +65,7 @@ def run(setting: Setting) -> Result:
         )
         seen.append(
             f"After {at[-1]} steps of {NAMES[name]}, the β of the median network have moved by {np.median(beta):.2g} "
-            f"and its b by {np.median(b):.1g}; without batch norm, b has moved by {np.median(plain):.2g}."
+            f"and its b by {number(np.median(b))}; without batch norm, b has moved by {np.median(plain):.2g}."
         )
     numbers = {"steps": at, "found": found}
     return Result("The bias that cancels", claims, " ".join(seen), numbers, setting.to_dict())

@@ -14,7 +14,7 @@ import numpy as np
 import tfbn
 from examples.lectures import style
 from examples.lectures.networks import Networks
-from examples.lectures.result import Claim, Result, bands
+from examples.lectures.result import Claim, Result, bands, number
 from examples.lectures.setting import Setting
 from examples.models import Hidden
 
@@ -49,8 +49,8 @@ def run(setting: Setting) -> Result:
     seen = (
         f"From mini-batches of {SIZES[0]} examples to those of {SIZES[-1]}, the ẑ of one example scatters by "
         f"{medians[0]:.2f} to {medians[-1]:.3f}, and the slope of the line through all sizes on log axes is "
-        f"{np.median(slopes):.3f}. Drawn as an epoch draws them, no example twice, the mini-batches of {SIZES[-1]}, "
-        f"of {z.shape[1]} examples, scatter it by {bands(of_an_epoch)[1][-1]:.3f}."
+        f"{number(np.median(slopes))}. Drawn as an epoch draws them, no example twice, the mini-batches of "
+        f"{SIZES[-1]}, of {z.shape[1]} examples, scatter it by {bands(of_an_epoch)[1][-1]:.3f}."
     )
     numbers = {"sizes": SIZES, "independent": independent, "of an epoch": of_an_epoch}
     return Result("The noise of a mini-batch", [claim], seen, numbers, setting.to_dict())

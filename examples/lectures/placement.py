@@ -16,7 +16,7 @@ from examples.models import Hidden
 
 GOAL = 95  # %
 RATES = (0.1, 0.3, 1.0, 3.0)
-ACTIVATIONS = ("sigmoid", "relu")
+ACTIVATIONS = {"sigmoid": "sigmoid units", "relu": "ReLU"}
 PLACES = {
     "before": {"placement": "before"},
     "after": {"placement": "after"},
@@ -47,12 +47,14 @@ def run(setting: Setting) -> Result:
         ]
         for claim, measured, values in table:
             unit, above = ("×", 1) if "÷" in measured else ("% points", 0)
-            claims.append(Claim("L4", claim, f"{activation}: {measured}", values, unit, above))
+            claims.append(
+                Claim("L4", claim, f"{ACTIVATIONS[activation]}: {measured}", values, unit, above)
+            )
         ends = [f"{np.median(end[place]):.1f} %" for place in PLACES]
         goals = [number(bands(steps[place])[1]) for place in PLACES]
         seen.append(
-            f"With {activation}, after {at[-1]} steps, the median network reads {ends[0]} of the test digits with "
-            f"batch norm before the activation, {ends[1]} with it after and {ends[2]} without; "
+            f"With {ACTIVATIONS[activation]}, after {at[-1]} steps, the median network reads {ends[0]} of the test "
+            f"digits with batch norm before the activation, {ends[1]} with it after and {ends[2]} without; "
             f"{GOAL} % take it {goals[0]}, {goals[1]} and {goals[2]} steps."
         )
     numbers = {"steps": at, "found": found}
@@ -87,7 +89,10 @@ def draw(result: Result) -> style.Figure:
             style.band(axes, result.numbers["steps"], values, **look | {"label": label})
         axes.set_xscale("log")
         style.label(
-            axes, "training steps", "test accuracy (%)", f"{activation}, each at its best rate"
+            axes,
+            "training steps",
+            "test accuracy (%)",
+            f"{ACTIVATIONS[activation]}, each at its best rate",
         )
         axes.label_outer()
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)

@@ -15,8 +15,8 @@ class Claim:
     """What a lecture claims, as a number for each seed and the range where the claim wants it.
 
     It is borne out where the median and both quartiles over the seeds lie in the range, not borne out where
-    none of them does, and undecided otherwise. A value that is not finite lies in no range. To compare with
-    and without, take the difference or ratio within each seed.
+    none of them does, and undecided otherwise. NaN lies in no range, infinity in each that has no upper end.
+    To compare with and without, take the difference or ratio within each seed.
 
     Attributes:
         lecture: As "L9".

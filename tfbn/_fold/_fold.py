@@ -49,7 +49,7 @@ def fold(model: keras.Model, inputs: Any = None, *, tolerance: float | None = No
         TypeError: if `model` is no Keras model.
         ValueError: if the model is not built; if its graph cannot be seen; if a layer cannot be made
             again from its config; if outputs of the model are not finite.
-        FoldError: if the outputs differ by more than the tolerance.
+        FoldError: (a `ValueError`) if the outputs differ by more than the tolerance.
 
     Example:
         >>> folded = tfbn.fold(model)
