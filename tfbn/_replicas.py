@@ -1,12 +1,13 @@
-"""Moments over the replicas of a ``tf.distribute`` strategy, so that each of them goes on from the same bits.
+"""The replicas of a ``tf.distribute`` strategy: their shares of a batch, and what they know together.
 
-Everything is one all-reduce of one vector. That is the only collective that TensorFlow offers with
-every strategy, eagerly, in graphs and under XLA on GPUs; its ``all_gather`` costs two between workers (the
-shapes go first) and does not work under XLA. With one replica, or outside of ``strategy.run``, nothing is
-exchanged and nothing changes.
+What is pooled over them is the same on each, to the bit, by one all-reduce of one vector. That is the only
+collective that TensorFlow offers with every strategy, eagerly, in graphs and under XLA on GPUs; its
+``all_gather`` costs two between workers (the shapes go first) and does not work under XLA. With one replica,
+or outside of ``strategy.run``, nothing is exchanged and nothing changes.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -21,6 +22,32 @@ def number() -> int:
     """How many replicas run the current code together: 1 where it does not run in ``strategy.run``."""
     context = tf.distribute.get_replica_context()
     return 1 if context is None else context.num_replicas_in_sync
+
+
+def share(batch: Any) -> Any:
+    """This replica's examples of a batch: as many as the others have, or one more or less, or none."""
+    if number() == 1:
+        return batch
+    context = tf.distribute.get_replica_context()
+    index, replicas = context.replica_id_in_sync_group, context.num_replicas_in_sync
+    with tf.device("CPU:0"):  # where the batch is: the replica's device gets its share and no more
+        size = examples(batch)
+        begin, end = index * size // replicas, (index + 1) * size // replicas
+
+        def cut(part: Any) -> Any:
+            if isinstance(part, tf.SparseTensor):
+                start = tf.one_hot(0, tf.rank(part), tf.cast(begin, tf.int64), dtype=tf.int64)
+                shape = tf.concat([[tf.cast(end - begin, tf.int64)], part.dense_shape[1:]], 0)
+                return tf.sparse.slice(part, start, shape)
+            return part if part is None or part.shape.rank == 0 else part[begin:end]
+
+        return tf.nest.map_structure(cut, batch)
+
+
+def examples(batch: Any) -> tf.Tensor:
+    """The number of examples in a batch, or in the inputs of one."""
+    part = next(part for part in tf.nest.flatten(batch) if part is not None)
+    return tf.cast(tf.shape(part)[0], tf.int32)
 
 
 def pooled(batches: Sequence[Moments]) -> list[Moments]:

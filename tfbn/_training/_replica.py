@@ -4,39 +4,12 @@ On one device, or with one replica, nothing here does anything.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import tensorflow as tf
 
 from tfbn import _replicas
 from tfbn._models import BatchNormLayer
 from tfbn._moments import Moments
-
-
-def share(batch: Any) -> Any:
-    """This replica's examples of a batch: as many as the others have, or one more or less, or none."""
-    if _replicas.number() == 1:
-        return batch
-    context = tf.distribute.get_replica_context()
-    index, number = context.replica_id_in_sync_group, context.num_replicas_in_sync
-    with tf.device("CPU:0"):  # where the batch is: the replica's device gets its share and no more
-        size = examples(batch)
-        begin, end = index * size // number, (index + 1) * size // number
-
-        def cut(part: Any) -> Any:
-            if isinstance(part, tf.SparseTensor):
-                start = tf.one_hot(0, tf.rank(part), tf.cast(begin, tf.int64), dtype=tf.int64)
-                shape = tf.concat([[tf.cast(end - begin, tf.int64)], part.dense_shape[1:]], 0)
-                return tf.sparse.slice(part, start, shape)
-            return part if part is None or part.shape.rank == 0 else part[begin:end]
-
-        return tf.nest.map_structure(cut, batch)
-
-
-def examples(batch: Any) -> tf.Tensor:
-    """The number of examples in a batch, or in the inputs of one."""
-    part = next(part for part in tf.nest.flatten(batch) if part is not None)
-    return tf.cast(tf.shape(part)[0], tf.int32)
 
 
 def share_of(mean: tf.Tensor, own: tf.Tensor, everywhere: tf.Tensor) -> tf.Tensor:

@@ -135,7 +135,7 @@ class Steps:
 
     def _train(self, batch: Any) -> Logs:
         model, optimizer = self._model, self._model.optimizer
-        x, y, sample_weight = _unpack(_replica.share(batch))
+        x, y, sample_weight = _unpack(_replicas.share(batch))
         if self._class_weight is not None:
             sample_weight = _class_weights(y, sample_weight, self._class_weight)
         seen: list[tuple[BatchNormLayer, Moments]] = []
@@ -176,7 +176,7 @@ class Steps:
 
     def _test(self, batch: Any) -> Logs:
         model = self._model
-        x, y, sample_weight = _unpack(_replica.share(batch))
+        x, y, sample_weight = _unpack(_replicas.share(batch))
         y_pred = model(x, training=False)
         loss = self._loss(x, y, y_pred, sample_weight, batch, training=False)
         self._track(loss, x, batch)
@@ -204,11 +204,11 @@ class Steps:
 
     def _track(self, loss: tf.Tensor, x: Any, batch: Any) -> None:
         """Takes the loss into the running mean that Keras's `compile` makes for it."""
-        size = _replica.examples(x)
+        size = _replicas.examples(x)
         if _replicas.number() > 1:
             # The shares of the replicas are to add up to the loss as often as there are examples.
             repeats = tf.math.divide_no_nan(
-                tf.cast(_replica.examples(batch), loss.dtype), tf.cast(size, loss.dtype)
+                tf.cast(_replicas.examples(batch), loss.dtype), tf.cast(size, loss.dtype)
             )
             loss *= repeats
         for metric in self._model.metrics:
@@ -227,7 +227,7 @@ def _values_behind(y_pred: Any, x: Any, batch: Any) -> tuple[tf.Tensor, tf.Tenso
     """
     masks = [getattr(part, "_keras_mask", None) for part in tf.nest.flatten(y_pred)]
     if all(mask is None for mask in masks):
-        own, everywhere = _replica.examples(x), _replica.examples(batch)
+        own, everywhere = _replicas.examples(x), _replicas.examples(batch)
         return tf.cast(own, tf.float32), tf.cast(everywhere, tf.float32)
     if len(masks) > 1:
         raise ValueError(
