@@ -276,9 +276,16 @@ def test_an_unknown_upstream():
     refused(upstream="both", match=r"'population', 'batch'.*upstream='both'")
 
 
-@pytest.mark.parametrize("steps", [0, -1, 2.5, True])
-def test_steps_that_count_nothing(steps):
-    refused(steps=steps, match=rf"at least 1. Received: steps={steps}")
+@pytest.mark.parametrize("number", [0, -1, 2.5, True, "8"])
+@pytest.mark.parametrize("name", ["steps", "batch_size"])
+def test_numbers_that_count_nothing(name, number):
+    text = rf"`{name}` must be an integer of at least 1\. Received: {name}={number!r}\."
+    refused(match=text, **{name: number})
+
+
+def test_numpy_counts_too():
+    result = tfbn.recalibrate(chain(), X, batch_size=np.int32(6), steps=np.int64(2))
+    assert (result.batches, result.examples) == (2, 12)
 
 
 def test_data_of_an_unknown_kind():
@@ -331,7 +338,7 @@ def test_a_batch_size_for_data_in_batches():
 def test_data_that_is_not_finite(bad):
     x = X.copy()
     x[13, 1] = bad
-    refused(x, match=r"not all finite.*Received: layer 'chain/bn0'")
+    refused(x, match=r"not all finite.*`tf.debugging.*names the first.*Received: layer 'chain/bn0'")
 
 
 def test_a_model_that_runs_otherwise_on_other_batches():

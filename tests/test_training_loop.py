@@ -436,6 +436,7 @@ BAD_FITS = {
     "validation_freq": ({"validation_freq": 0}, "Received: validation_freq=0"),
     "initial_epoch": ({"initial_epoch": -1}, "at least 0. Received: initial_epoch=-1"),
     "batch_size": ({"batch_size": 0}, "`batch_size` must be .* at least 1. Received: batch_size=0"),
+    "batch_size as text": ({"batch_size": "8"}, "Received: batch_size='8'"),
     "class_weight": ({"class_weight": {0: 1.0}}, "one class for each example, .* Received: y=Ten"),
 }
 
@@ -450,6 +451,21 @@ def test_bad_arguments_of_fit_are_refused_and_nothing_changes(kind):
         loop.fit((x[:, None], x[:, None]) if kind == "class_weight" else (x, x), **arguments)
     for weight, same in zip(loop.model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(weight, same)
+
+
+@pytest.mark.parametrize("size", [0, -1, "8"])
+def test_a_batch_size_that_counts_nothing_is_refused_in_evaluation(size):
+    x, _ = data()
+    with pytest.raises(ValueError, match=rf"`batch_size` .* Received: batch_size={size!r}\."):
+        make().evaluate((x, x), batch_size=size, verbose=0)
+
+
+def test_numpy_counts_as_python_does():
+    x, _ = data()
+    loop = make(accumulation_steps=np.int32(2))
+    number = np.int32(2)
+    history = loop.fit((x, x), epochs=number, steps_per_epoch=number, batch_size=number, verbose=0)
+    assert history.epoch == [0, 1]
 
 
 def test_what_is_no_callback_is_refused():

@@ -1,4 +1,4 @@
-"""Checks of what users hand to the layer: each says what was wrong, what was received and what to do."""
+"""Checks of what users hand over: each says what was wrong, what was received and what to do."""
 
 import math
 import numbers
@@ -8,6 +8,16 @@ from typing import Any
 import tensorflow as tf
 
 RENORM_CLIPPING_KEYS = ("rmax", "rmin", "dmax")
+
+
+def check_count(name: str, value: Any, least: int = 1, optional: bool = False) -> None:
+    """Raises unless ``value`` is a number of things, or None where that is optional."""
+    if optional and value is None:
+        return
+    if not _is_integer(value) or value < least:
+        raise ValueError(
+            f"`{name}` must be an integer of at least {least}. Received: {name}={value!r}."
+        )
 
 
 def checked_axis(axis: Any) -> int | list[int]:

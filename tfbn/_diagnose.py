@@ -15,6 +15,7 @@ from tfbn._feed import Feed
 from tfbn._findings import ModelEvidence, find
 from tfbn._freeze import statistics_are_frozen
 from tfbn._models import BatchNormLayer, batch_norm_layers
+from tfbn._optimizers import innermost
 from tfbn._population import Forward, Population, name_of
 from tfbn._sites import NotFiniteError
 from tfbn._survey import run_model, survey, unpacked
@@ -180,8 +181,7 @@ def _score(
 
 def _averages(model: keras.layers.Layer) -> bool:
     """Whether the model's optimizer keeps averages of the weights."""
-    optimizer = getattr(model, "optimizer", None)
-    return bool(getattr(getattr(optimizer, "inner_optimizer", optimizer), "use_ema", False))
+    return bool(getattr(innermost(getattr(model, "optimizer", None)), "use_ema", False))
 
 
 def _flags(

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfbn._arguments import check_count
 from tfbn._data import ArraySource, as_source, spec_of
 
 
@@ -30,12 +31,8 @@ class Feed:
     """
 
     def __init__(self, data: Any, steps: int | None, batch_size: int | None, verbose: bool):
-        if steps is not None and (
-            isinstance(steps, bool) or not isinstance(steps, int) or steps < 1
-        ):
-            raise ValueError(
-                f"`steps` is the number of batches to use, an integer of at least 1. Received: steps={steps!r}."
-            )
+        check_count("steps", steps, optional=True)
+        check_count("batch_size", batch_size, optional=True)
         given = data
         if callable(data) and not isinstance(data, tf.data.Dataset | keras.utils.PyDataset):
             data = _Called(data)

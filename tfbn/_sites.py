@@ -98,7 +98,8 @@ class Site:
             raise NotFiniteError(
                 "The inputs of a batch normalization layer are not all finite: there are NaN or "
                 "infinite values in the data, in the weights, or in a frozen layer before it. "
-                f"Find them there. Received: layer {self.layer.path!r}."
+                "Look for them there (`tf.debugging.enable_check_numerics` names the first). "
+                f"Received: layer {self.layer.path!r}."
             )
         # A channel without a single value under the mask keeps what the layer has.
         here = count > 0

@@ -18,8 +18,7 @@ def split(x: tf.Tensor, size: int) -> tf.Tensor:
     batch = x.shape[0]
     message = (
         "The batch size must be a multiple of `virtual_batch_size`; change either, or drop the "
-        "last "
-        "incomplete batch with `dataset.batch(..., drop_remainder=True)`. "
+        "last incomplete batch with `dataset.batch(..., drop_remainder=True)`. "
         f"Received: virtual_batch_size={size}, batch size"
     )
     if batch is not None and batch % size:

@@ -6,26 +6,17 @@ import keras
 import tensorflow as tf
 
 from tfbn._data import ArraySource
+from tfbn._optimizers import innermost
 from tfbn._training._stream import Stream
 
 
 def check_batch_size(batch_size: int | None, *streams: Stream | None) -> None:
-    if batch_size is None:
-        return
-    check_count("batch_size", batch_size)
-    if not any(s is not None and isinstance(s.source, ArraySource) for s in streams):
+    if batch_size is not None and not any(
+        s is not None and isinstance(s.source, ArraySource) for s in streams
+    ):
         raise ValueError(
             "`batch_size` is for arrays, and this data comes in batches already: leave it out. "
             f"Received: batch_size={batch_size!r}."
-        )
-
-
-def check_count(name: str, value: Any, least: int = 1, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(
-            f"`{name}` must be an integer of at least {least}. Received: {name}={value!r}."
         )
 
 
@@ -36,7 +27,7 @@ def check_sums(
     strategy: tf.distribute.Strategy | None,
 ) -> None:
     """Refuses what would not be the gradient of the mean loss over all examples."""
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    inner = innermost(optimizer)
     if accumulation_steps > 1 and inner.gradient_accumulation_steps:
         raise ValueError(
             "Gradients would be accumulated twice: set accumulation_steps of the loop, or "

@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from tfbn import _replicas
+from tfbn._optimizers import innermost
 
 Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices | None
 
@@ -32,7 +33,7 @@ def apply(
     variables: Sequence[keras.Variable],
 ) -> None:
     """A step of the optimizer with the gradients over all replicas; traced inside of `summed_before`."""
-    if not hasattr(_innermost(optimizer), _SUM):
+    if not hasattr(innermost(optimizer), _SUM):
         # Then it will sum them again.
         share = 1 / _replicas.number()
         gradients = [None if g is None else g * tf.cast(share, g.dtype) for g in gradients]
@@ -42,17 +43,12 @@ def apply(
 @contextlib.contextmanager
 def summed_before(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
     """What is traced here hands the optimizer gradients that are summed over the replicas already."""
-    innermost = _innermost(optimizer)
-    if not hasattr(innermost, _SUM):
+    inner = innermost(optimizer)
+    if not hasattr(inner, _SUM):
         yield
         return
-    setattr(innermost, _SUM, list)
+    setattr(inner, _SUM, list)
     try:
         yield
     finally:
-        delattr(innermost, _SUM)
-
-
-def _innermost(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """The one that takes the step: in half precision, Keras has wrapped it."""
-    return getattr(optimizer, "inner_optimizer", optimizer)
+        delattr(inner, _SUM)

@@ -9,10 +9,11 @@ from typing import Any, TypeAlias
 import keras
 import tensorflow as tf
 
+from tfbn._arguments import check_count
 from tfbn._data import as_source
 from tfbn._training._backup import Backup, Progress
 from tfbn._training._callbacks import restored_epoch, split_backup
-from tfbn._training._checks import check_batch_size, check_count, check_sums
+from tfbn._training._checks import check_batch_size, check_sums
 from tfbn._training._guard import StatisticsWatch
 from tfbn._training._passes import Passes, floats
 from tfbn._training._step import Steps
@@ -198,6 +199,7 @@ class TrainingLoop:
         check_count("initial_epoch", initial_epoch, least=0)
         check_count("steps_per_epoch", steps_per_epoch, optional=True)
         check_count("validation_steps", validation_steps, optional=True)
+        check_count("batch_size", batch_size, optional=True)
         self._check_compiled()
         backup, given = split_backup(callbacks, self._workers.chief)
         saved = None if backup is None else backup.read()
@@ -281,6 +283,7 @@ class TrainingLoop:
             ValueError: if the data is empty, or an argument has no meaning.
         """
         check_count("steps", steps, optional=True)
+        check_count("batch_size", batch_size, optional=True)
         self._check_compiled()
         _, given = split_backup(callbacks, self._workers.chief)
         stream = _stream("data", data, steps, batch_size)

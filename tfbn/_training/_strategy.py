@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from tfbn._models import batch_norm_layers
+from tfbn._optimizers import innermost
 
 STRATEGIES = (
     tf.distribute.MirroredStrategy,
@@ -74,7 +75,7 @@ def _check_replicas(
             "XLA cannot compile a step that replicas take together: pass jit_compile=False. "
             f"Received: jit_compile=True and {number} replicas."
         )
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    inner = innermost(optimizer)
     for name, instead in (
         ("gradient_accumulation_steps", "set accumulation_steps of the loop"),
         ("ema_overwrite_frequency", "leave it out: the averages come in when training ends"),
