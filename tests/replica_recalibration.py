@@ -4,6 +4,9 @@ Two virtual devices have to be there before TensorFlow starts: a process of its 
 """
 
 import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +14,10 @@ from replicas import started
 
 
 def main() -> None:
-    strategy = started(2)[2]
+    LAWS[sys.argv[1]](started(2)[2])
+
+
+def statistics_are_those_of_all_data(strategy: Any) -> None:
     import keras
 
     import tfbn
@@ -34,7 +40,7 @@ def main() -> None:
 def check(model, synchronized: bool, upstream: str) -> None:
     import tfbn
 
-    x = np.random.default_rng(0).normal(4.0, 2.0, (23, 2)).astype("float32")
+    x = values(23, 2)
     # The last batch has one example: none for one of the replicas.
     result = tfbn.recalibrate(model, x, batch_size=11, upstream=upstream)
     assert (result.batches, result.examples) == (3, 23), result
@@ -52,6 +58,63 @@ def check(model, synchronized: bool, upstream: str) -> None:
     np.testing.assert_allclose(second.moving_mean, seen.mean(0), rtol=1e-4)
     np.testing.assert_allclose(second.moving_variance, seen.var(0), rtol=1e-4)
 
+
+def parts_of_every_kind_are_shared_out(strategy: Any) -> None:
+    """What has no examples goes to each replica as it is, wherever it stands in the batch."""
+    import keras
+    import tensorflow as tf
+
+    import tfbn
+
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((2,)), tfbn.BatchNormalization()])
+    x = values(23, 2)
+
+    def batches() -> Any:
+        for part in (x[:11], x[11:22], x[22:]):
+            sparse = tf.sparse.from_dense(part)
+            yield {"factor": tf.constant(2.0), "nothing": None, "sparse": sparse, "x": part}
+
+    def forward(model: Any, batch: Any) -> Any:
+        assert batch["nothing"] is None
+        more = tf.reshape(tf.sparse.to_dense(batch["sparse"]), tf.shape(batch["x"]))
+        return model(batch["factor"] * batch["x"] + more)
+
+    (change,) = tfbn.recalibrate(model, batches, forward=forward).layers
+    assert change.values == 23, change
+    np.testing.assert_allclose(model.layers[0].moving_mean, 3 * x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(model.layers[0].moving_variance, 9 * x.var(0), rtol=1e-5)
+
+
+def no_graph_outlives_it(strategy: Any) -> None:
+    import keras
+
+    import tfbn
+    from test_recalibrate import graphs
+
+    wide = 600  # for the fused kernel
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((wide,)), tfbn.BatchNormalization()])
+    for tool, upstream in itertools.product(
+        (tfbn.recalibrate, tfbn.diagnose), ("population", "batch")
+    ):
+        before = graphs()
+        tool(model, values(5, wide), upstream=upstream)
+        assert graphs() == before, (tool, upstream)
+
+
+def values(number: int, channels: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(4.0, 2.0, (number, channels)).astype("float32")
+
+
+LAWS: dict[str, Callable[[Any], None]] = {
+    law.__name__: law
+    for law in (
+        statistics_are_those_of_all_data,
+        parts_of_every_kind_are_shared_out,
+        no_graph_outlives_it,
+    )
+}
 
 if __name__ == "__main__":
     main()

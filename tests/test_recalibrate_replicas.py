@@ -2,11 +2,13 @@
 
 import pytest
 
+from replica_recalibration import LAWS
 from replicas import run_processes
 
 PROGRAM = "replica_recalibration.py"
 
 
 @pytest.mark.timeout(250)
-def test_two_devices_give_the_statistics_of_all_data():
-    run_processes(PROGRAM, [[]])
+@pytest.mark.parametrize("law", LAWS)
+def test_on_two_devices(law):
+    run_processes(PROGRAM, [[law]])

@@ -20,10 +20,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbn import _arguments
+from tfbn import _arguments, _replicas
 from tfbn._calls import Call, calls_replaced, levels, traced_apart
 from tfbn._models import BatchNormLayer
 from tfbn._moments import Moments
+from tfbn._normalize import without_gradients
 from tfbn._sites import Pool, Site, normalize_by_batch, values
 
 Forward = Callable[[keras.layers.Layer, Any], Any]
@@ -159,13 +160,13 @@ class Population:
             self._compiled[key] = function
         return self._compiled[key]
 
+    @without_gradients()  # once more: strategy.run may start a thread for each replica
     def _take(self, batch: Any, level: int) -> None:
         """One replica's part of a batch."""
-        arguments = (_share(batch), level if self._nested else None)
+        arguments = (_replicas.share(batch), level if self._nested else None)
         observe: Callable[..., list[list[Moments]]] = self._observed
-        if (
-            self._exact
-        ):  # Traced once for all passes. (By batches there is one, in which replicas may meet.)
+        # Traced once for all passes. By batches there is one pass, in which replicas may meet.
+        if self._exact:
             observe = self._observe.get_concrete_function(*arguments)
         seen = dict(zip(self.sites, observe(*arguments), strict=True))
         if level in self._pools:
@@ -279,18 +280,3 @@ def name_of(layer: keras.layers.Layer) -> str:
 def strategy_of(model: keras.layers.Layer) -> tf.distribute.Strategy:
     """The strategy that the model was made under, or the one in scope."""
     return getattr(model, "distribute_strategy", None) or tf.distribute.get_strategy()
-
-
-def _share(batch: Any) -> Any:
-    """This replica's share of a batch: consecutive examples."""
-    context = tf.distribute.get_replica_context()
-    replicas = context.num_replicas_in_sync
-    if replicas == 1:
-        return batch
-
-    def part(values: Any) -> Any:
-        size = tf.shape(values)[0]
-        number = tf.cast(context.replica_id_in_sync_group, size.dtype)
-        return values[size * number // replicas : size * (number + 1) // replicas]
-
-    return tf.nest.map_structure(part, batch)

@@ -46,7 +46,8 @@ def share(batch: Any) -> Any:
 
 def examples(batch: Any) -> tf.Tensor:
     """The number of examples in a batch, or in the inputs of one."""
-    part = next(part for part in tf.nest.flatten(batch) if part is not None)
+    parts = tf.nest.flatten(batch)
+    part = next(part for part in parts if part is not None and part.shape.rank != 0)
     return tf.cast(tf.shape(part)[0], tf.int32)
 
 
