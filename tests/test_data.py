@@ -251,9 +251,10 @@ def test_data_that_runs_out_ends_the_training_with_a_warning():
     with pytest.warns(UserWarning, match="ran out after 0 batches of epoch 2 of 3"):
         history = one.fit(iter(Iterable()), epochs=3, verbose=0)
     assert history.epoch == [0]
-    with pytest.warns(UserWarning, match="ran out after 1 batches of epoch 2 of 3"):
+    with pytest.warns(UserWarning, match="ran out after 1 batches of epoch 2 of 3") as warned:
         history = one.fit(iter(Iterable()), epochs=3, steps_per_epoch=2, verbose=0)
     assert history.epoch == [0, 1]
+    assert warned[0].filename == __file__  # It points at the call of `fit`.
 
 
 def test_validation_data_that_can_be_read_once_serves_one_epoch():
@@ -261,6 +262,10 @@ def test_validation_data_that_can_be_read_once_serves_one_epoch():
     one.fit((X, Y), validation_data=iter(Iterable()), verbose=0)
     with pytest.raises(ValueError, match=r"read only once.*Received: validation_data of type gene"):
         one.fit((X, Y), validation_data=iter(Iterable()), epochs=2, verbose=0)
+    once = {"epochs": 3, "validation_freq": 2, "verbose": 0}
+    for initial in (0, 1):
+        history = one.fit((X, Y), validation_data=iter(Iterable()), initial_epoch=initial, **once)
+        assert len(history.history["val_loss"]) == 1
     one.fit((X, Y), validation_data=iter(Iterable()), validation_steps=1, epochs=2, verbose=0)
 
 

@@ -1,5 +1,6 @@
 """The loop is to Keras users what `fit` is: losses, metrics, callbacks, precision, errors."""
 
+import contextlib
 import csv
 from typing import Any
 
@@ -298,6 +299,28 @@ def test_a_callback_may_stop_the_training_in_mid_epoch():
     assert int(loop.optimizer.iterations) == 1  # what was accumulated is not lost
 
 
+@pytest.mark.parametrize(
+    "strategy", [None, tf.distribute.OneDeviceStrategy("CPU:0")], ids=["none", "one"]
+)
+def test_a_group_that_an_error_left_unfinished_is_not_in_the_next_update(strategy):
+    def fail(batch, logs):
+        raise InterruptedError
+
+    x, _ = data()
+    fit = {"batch_size": 8, "shuffle": False, "verbose": 0}
+    loops = []
+    for _ in range(2):
+        with contextlib.nullcontext() if strategy is None else strategy.scope():
+            loops.append(make(strategy=strategy, accumulation_steps=2))
+    failing = keras.callbacks.LambdaCallback(on_train_batch_end=fail)
+    with pytest.raises(InterruptedError):
+        loops[0].fit((x, x), callbacks=failing, **fit)
+    for loop in loops:
+        loop.fit((x, x), **fit)
+    for weight, fresh in zip(*(loop.model.get_weights() for loop in loops), strict=True):
+        np.testing.assert_array_equal(weight, fresh)
+
+
 def test_a_list_of_callbacks_may_be_keras_own():
     x, _ = data()
     history = keras.callbacks.History()
@@ -350,6 +373,52 @@ def test_what_is_trained_may_change_between_runs():
     first.trainable = True
     loop.fit((x, x), verbose=0)
     assert not np.array_equal(first.get_weights(), frozen)
+
+
+def test_class_weights_may_change_between_runs():
+    """In the caller's own dict too; an empty one is none."""
+    x, labels = data()
+    labels[:] = 0
+    loop = make(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    weights: dict[int, float] = {}
+    moved = []
+    for step in ({}, {0: 1.0}, {0: 0.0}, {0: 1.0}):
+        weights |= step
+        before = loop.model.layers[-1].get_weights()[0]
+        loop.fit((x, labels), class_weight=weights, verbose=0)
+        moved.append(not np.array_equal(loop.model.layers[-1].get_weights()[0], before))
+    assert moved == [True, True, False, True]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sequences_of_any_length_take_two_traces_and_train_as_by_keras(compiled):
+    rng = np.random.default_rng(0)
+    lengths = (5, 7, 6, 1)
+    batches = [
+        (rng.normal(size=(4 - n % 2, n, 4)), rng.normal(size=(4 - n % 2, n, 4))) for n in lengths
+    ]
+    loops = []
+    for jit_compile in (compiled, False):
+        keras.utils.set_random_seed(1)
+        loops.append(make(model=Counting(), jit_compile=jit_compile))
+    ours, theirs = (loop.model for loop in loops)
+    loops[0].fit(iter(batches), validation_data=iter(batches), verbose=0)
+    assert ours.calls.count(True) == 2
+    assert list(ours.calls)[-3:] == [True, False, False]  # in evaluation it takes two as well
+    for batch in batches:
+        theirs.train_on_batch(*batch)
+    for weight, expected in zip(ours.get_weights(), theirs.get_weights(), strict=True):
+        np.testing.assert_allclose(weight, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_batches_of_another_rank_or_structure_have_steps_of_their_own():
+    """What they have in common has no rank, with which Keras could not compute a loss."""
+    x, labels = data(8)
+    batches = [(x, labels), (x, labels[:, None]), (x, labels[:, None], np.ones(8)), (x, labels)]
+    loop = make(model=Counting(), loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    loop.fit(iter(batches), verbose=0)
+    assert loop.model.calls.count(True) == 3
+    assert int(loop.optimizer.iterations) == 4
 
 
 @pytest.mark.parametrize("steps", [1, 2])

@@ -3,8 +3,10 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tfbn._training._gradients import _SUM
+from tfbn._training._workers import Workers
 from trained import SCENARIOS, Observed, run_devices
 
 pytestmark = pytest.mark.timeout(300)
@@ -103,6 +105,15 @@ def test_what_ctrl_c_ended_goes_on_from_its_backup(trained):
             np.testing.assert_array_equal(value, expected[name], err_msg=name)
         else:
             np.testing.assert_allclose(value, expected[name], rtol=1e-6, err_msg=name)
+
+
+def test_the_loss_of_a_worker_is_explained_once(monkeypatch):
+    workers = Workers(None)
+    monkeypatch.setattr(workers, "_alone", False)
+    with pytest.raises(tf.errors.UnavailableError) as lost, workers.together(), workers.together():
+        raise tf.errors.UnavailableError(None, None, "connection reset")
+    (note,) = lost.value.__notes__
+    assert note.startswith("A worker of the strategy was lost")
 
 
 REFUSALS = {

@@ -78,8 +78,8 @@ def train(
     return values, history.history
 
 
-def small(units: int = 1) -> TrainingLoop:
-    model = keras.Sequential([keras.Input((4,)), BatchNormalization(), keras.layers.Dense(units)])
+def small(units: int = 1, shape: tuple[int | None, ...] = (4,)) -> TrainingLoop:
+    model = keras.Sequential([keras.Input(shape), BatchNormalization(), keras.layers.Dense(units)])
     return TrainingLoop(model, "sgd", "mse")
 
 
@@ -87,11 +87,12 @@ def train_small(
     backup: keras.callbacks.Callback,
     make_data: Callable[[], object],
     *callbacks: keras.callbacks.Callback,
+    shape: tuple[int | None, ...] = (4,),
     **fit: object,
 ) -> tuple[list[np.ndarray], dict]:
     """A run that is quick to trace."""
     keras.utils.set_random_seed(3)
-    loop = small()
+    loop = small(shape=shape)
     fit = {"epochs": 3, "verbose": 0} | fit
     history = loop.fit(make_data(), callbacks=[backup, *callbacks], **fit)
     return loop.model.get_weights(), history.history
@@ -153,6 +154,15 @@ class Counted(keras.utils.PyDataset):
         self.passes += 1
 
 
+class Padded(Counted):
+    """Batches of sequences, each padded to a length of its own."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        length = 1 + (3 * self.passes + index) % 4
+        return tuple(np.repeat(part[:, None], length, axis=1) for part in (x, y))
+
+
 KINDS = {
     "arrays": (arrays, "epoch", {"batch_size": 8}),
     "shuffled anew in each pass": (shuffled, 2, {}),
@@ -161,6 +171,7 @@ KINDS = {
     "endless": (lambda: shuffled().repeat(), 1, {"steps_per_epoch": 3}),
     "generator": (lambda: iter(shuffled().repeat()), 2, {"steps_per_epoch": 3}),
     "PyDataset": (Counted, 2, {}),
+    "padded": (Padded, 2, {"shape": (None, 4)}),
 }
 
 
@@ -172,6 +183,15 @@ def test_data_of_every_kind_is_taken_up_where_it_was_left(kind, tmp_path):
         with pytest.raises(Interrupted):
             train_small(backup, make, At(*place, interrupt), **fit)
     assert_same(train_small(backup, make, **fit), train_small(backup, make, **fit))
+
+
+def test_every_evaluation_after_a_resume_begins_with_the_first_batch(tmp_path):
+    """Of data that an evaluation does not exhaust."""
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+    fit = {"batch_size": 8, "validation_data": arrays(), "validation_steps": 2}
+    with pytest.raises(Interrupted):
+        train_small(backup, arrays, At(1, 2, interrupt), **fit)
+    assert_same(train_small(backup, arrays, **fit), train_small(backup, arrays, **fit))
 
 
 def test_a_run_killed_while_it_writes_a_backup_has_the_one_before(tmp_path, monkeypatch):
@@ -191,14 +211,16 @@ def test_a_run_killed_while_it_writes_a_backup_has_the_one_before(tmp_path, monk
     assert_same(train_small(backup, shuffled), train_small(backup, shuffled))
 
 
-def test_a_subclass_of_keras_backup_does_its_own_work_and_epochs_are_restored(tmp_path):
+@pytest.mark.parametrize("begin", [0, 2])
+def test_a_subclass_of_keras_backup_does_its_own_work_and_epochs_are_restored(begin, tmp_path):
     class Mine(keras.callbacks.BackupAndRestore):
         pass
 
     backup = Mine(tmp_path / "backup")
+    fit = {"initial_epoch": begin, "epochs": begin + 3}
     with pytest.raises(Interrupted):
-        train_small(backup, shuffled, At(2, 1, interrupt))
-    resumed, undisturbed = (train_small(backup, shuffled) for _ in range(2))
+        train_small(backup, shuffled, At(begin + 2, 1, interrupt), **fit)
+    resumed, undisturbed = (train_small(backup, shuffled, **fit) for _ in range(2))
     assert_same((resumed[0], {}), (undisturbed[0], {}))
     assert len(resumed[1]["loss"]) == 1  # as with Keras: the history of what was left to do
 
@@ -221,6 +243,22 @@ def test_a_training_that_was_ended_by_a_callback_stays_ended(tmp_path):
     callbacks[1].kill = False
     history = small().fit(arrays(), epochs=5, callbacks=callbacks, verbose=0)
     assert history.epoch == [0]
+
+
+def test_an_epoch_that_a_callback_cut_short_comes_to_its_end_after_a_kill(tmp_path):
+    """Though a backup was due at the batch after which the callback spoke."""
+
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.stop_training = batch == 3
+
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup", save_freq=2)
+    with pytest.raises(Interrupted):
+        train_small(backup, shuffled, Stop(), At(0, None, interrupt))
+    assert (tmp_path / "backup").exists()
+    resumed, undisturbed = (train_small(backup, shuffled, Stop()) for _ in range(2))
+    assert_same(resumed, undisturbed)
+    assert len(resumed[1]["loss"]) == 1
 
 
 def test_callbacks_remember(tmp_path):

@@ -85,7 +85,8 @@ class Accumulator:
     def clear(self) -> None:
         """Begins the next group."""
         for variable in self.variables:
-            variable.assign(tf.zeros_like(variable))
+            # Not zeros_like: outside of a step, to read a variable is to sum it over the replicas.
+            variable.assign(tf.zeros(variable.shape, variable.dtype))
 
 
 def _variable(value: tf.Tensor) -> tf.Variable:

@@ -167,7 +167,8 @@ class TrainingLoop:
         Args:
             data: A `tf.data.Dataset`; arrays ``x``, ``(x, y)`` or ``(x, y, sample_weight)``, where each
                 may be a tuple or dict of arrays; a `keras.utils.PyDataset`; or an iterable of batches,
-                such as a generator.
+                such as a generator. Where the batches of these two differ in a size, such as the length
+                to which they are padded, the step is compiled once more, with that size left open.
             validation_data: Data to evaluate on after each epoch; likewise.
             epochs: The number of the epoch to end with.
             steps_per_epoch: How many batches make an epoch, by default one pass over the data. Endless
@@ -210,7 +211,8 @@ class TrainingLoop:
         validation = None
         if validation_data is not None:
             validation = _stream("validation_data", validation_data, validation_steps, batch_size)
-            if not validation.can_restart and epochs - initial_epoch > validation_freq:
+            times = epochs // validation_freq - initial_epoch // validation_freq
+            if times > 1 and not validation.can_restart:
                 raise ValueError(
                     "`validation_data` can be read only once, and is needed in several epochs: pass "
                     "a data set, arrays, or validation_steps. "
@@ -227,6 +229,7 @@ class TrainingLoop:
         )
 
         self._steps.prepare(train.spec, class_weight)
+        self._steps.forget()
         hooks = keras.callbacks.CallbackList(
             given,
             add_history=True,
@@ -244,7 +247,7 @@ class TrainingLoop:
             saved.restore_callbacks(hooks.callbacks)
         restored = restored_epoch(self.model)
         if restored:
-            train.skip_epochs(restored)
+            train.skip_epochs(restored - progress.epoch)
             progress.epoch = restored
 
         with self._workers.together():
@@ -313,12 +316,13 @@ class TrainingLoop:
         class_weight: Mapping[int, float] | None,
         validation_freq: int,
     ) -> dict[str, Any] | None:
-        """Trains up to the last epoch, and returns what its end was told."""
+        """Trains up to the last epoch, and returns its logs."""
 
         def after_batch() -> None:
-            if backup is not None and backup.after_batch() and self._passes.can_rest(progress):
+            if backup is None or not backup.after_batch() or self.model.stop_training:
+                return  # Where a callback ends the training, the end of the epoch is still to come.
+            if self._passes.can_rest(progress):
                 progress.position = train.position
-                progress.stopped = self.model.stop_training
                 backup.write(progress, self._state(), hooks.callbacks)
 
         watch: StatisticsWatch | None = StatisticsWatch(self.model)
@@ -336,7 +340,7 @@ class TrainingLoop:
                     f"The training data ran out after {progress.batches} batches of epoch "
                     f"{progress.epoch + 1} of {epochs}: training ends here. Pass data that can be read "
                     "again, or enough of it.",
-                    stacklevel=2,
+                    stacklevel=3,  # where `fit` is called
                 )
                 if progress.batches == 0:
                     break

@@ -45,6 +45,7 @@ class Steps:
 
     def prepare(self, spec: Any, class_weight: Mapping[int, float] | None) -> None:
         """Builds all that is not built and traces the training step: every variable exists after it."""
+        class_weight = dict(class_weight) if class_weight else None  # The caller's own may change.
         self.build(spec)
         model = self._model
         trainable = model.trainable_variables
@@ -65,6 +66,11 @@ class Steps:
                 self._accumulator = Accumulator(trainable) if self._accumulate else None
         self._function(self._train, spec)
 
+    def forget(self) -> None:
+        """Drops a group of batches that an error left unfinished."""
+        if self._accumulator is not None:
+            self._accumulator.clear()
+
     def build(self, spec: Any) -> None:
         """Builds the model by tracing it: nothing is computed."""
         if self._strategy is not None and not self._compiled:
@@ -72,7 +78,9 @@ class Steps:
             with scope_of(self._strategy):
                 tf.function(self._dry_run, autograph=False).get_concrete_function(spec)
         elif not self._model.built:
-            forward = tf.function(lambda batch: self._model(_unpack(batch)[0], training=False))
+            forward = tf.function(
+                lambda batch: self._model(_unpack(batch)[0], training=False), autograph=False
+            )
             forward.get_concrete_function(spec)
 
     def train(self, batch: Any, spec: Any) -> None:

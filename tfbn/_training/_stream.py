@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+import tensorflow as tf
+
 from tfbn._data import Source, spec_of
 
 Position = tuple[int, int]
@@ -25,7 +27,7 @@ class Stream:
         self.steps = source.steps if steps_per_epoch is None else steps_per_epoch
         """The number of batches of an epoch, if it is known."""
         self.spec = source.spec
-        """The nested `tf.TypeSpec` of the batch that came last."""
+        """A nested `tf.TypeSpec` for the batch that came last, and for those of other sizes before it."""
         self.position: Position = (0, 0)
         """The number of the pass, and how many of its batches were handed out."""
         self._name = name
@@ -95,7 +97,7 @@ class Stream:
 
     def _next_pass(self) -> None:
         self.position = (self.position[0] + 1, 0)
-        self._batches = None
+        self._batches = self._ahead = None
 
     def _next(self) -> Any:
         if self._ahead is not None:
@@ -107,7 +109,28 @@ class Stream:
         if batch is not None:
             self.position = (self.position[0], self.position[1] + 1)
             if self.source.spec is None:
-                spec = spec_of(batch)
-                # The same object for the same kind of batch: its step is then found at once.
-                self.spec = self.spec if spec == self.spec else spec
+                self.spec = _serving_both(self.spec, spec_of(batch))
         return batch
+
+
+def _serving_both(known: Any, new: Any) -> Any:
+    """A spec for what `new` is for and, where they differ in no more than sizes, for what `known` is for.
+
+    It is the same object as long as that one serves: its step is then found at once.
+    """
+    if new == known:
+        return known
+    try:
+        tf.nest.assert_same_structure(known, new)
+    except (TypeError, ValueError):
+        return new
+    both = tf.nest.map_structure(_with_open_sizes, known, new)
+    return known if both == known else both
+
+
+def _with_open_sizes(known: Any, new: Any) -> Any:
+    if not isinstance(known, tf.TensorSpec) or not isinstance(new, tf.TensorSpec):
+        return new
+    if known.shape.rank != new.shape.rank:  # Their supertype has no rank, and layers need one.
+        return new
+    return known.most_specific_common_supertype([new]) or new

@@ -65,7 +65,8 @@ class Workers:
         try:
             yield
         except (tf.errors.UnavailableError, tf.errors.AbortedError) as error:
-            if not self._alone:
+            # One that passes through several of these is told once.
+            if not self._alone and _LOST not in getattr(error, "__notes__", ()):
                 error.add_note(_LOST)
             raise
 
