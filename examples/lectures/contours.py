@@ -108,7 +108,7 @@ def draw(result: Result) -> style.Figure:
         style.label(axes, "length of step ÷ length of weights", here, title)
     elongation.set_xscale("symlog", linthresh=10)
     elongation.set_ylim(bottom=0)
-    downhill.legend(loc="upper left")
+    downhill.legend(loc="lower right")
     style.label(
         elongation,
         "training steps",
