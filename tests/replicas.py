@@ -265,12 +265,12 @@ def run_devices(program: str, output: Path, *arguments: str) -> Observed:
     return dict(np.load(output))
 
 
-def run_workers(folder: Path, workers: int) -> Observed:
+def run_workers(folder: Path, workers: int, program: str = "replicas.py") -> Observed:
     """What all workers together have seen."""
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(workers))
     outputs = [folder / f"{workers}-{i}.npz" for i in range(workers)]
     run_processes(
-        "replicas.py",
+        program,
         [[str(o), "--addresses", addresses, "--index", str(i)] for i, o in enumerate(outputs)],
     )
     return {name: value for output in outputs for name, value in np.load(output).items()}

@@ -47,6 +47,8 @@ def diagnose(
     The data should be what the model is to be used on, labels or not; a part of the training set to look
     for faults of the training. If it comes in the batches of the training, and these are tiny, it also
     shows which variance was kept, the biased or the unbiased one. Nothing of the model changes.
+    Under a `tf.distribute` strategy, each worker calls it with the same data, as it trains; with more than one
+    replica there are no losses, and a batch is what a layer normalizes together, a replica's share or all of it.
 
     It takes the passes of `tfbn.recalibrate`, three more for the losses, and one more if batches are tiny:
     use ``steps`` or ``upstream="batch"`` where that is much.
@@ -72,7 +74,8 @@ def diagnose(
     layers, population = survey(
         model, feed, upstream, forward, include_frozen=include_frozen, summaries=SUMMARIES
     )
-    scored = _has_loss(model, feed, population)
+    replicas = population.strategy.num_replicas_in_sync
+    scored = _has_loss(model, feed, replicas)
     feed.expect(population.passes + 3 * scored)
     passes = population.passes
     modes: dict[str, dict[str, float]] = {}
@@ -90,7 +93,9 @@ def diagnose(
         if not sites or not all(site.found for site in sites):
             evidence.append(stored(layer, len(sites)))
         else:
-            evidence.append(compared(layer, sites, feed.batches))
+            # A layer that is not synchronized normalizes the share of each replica by itself.
+            alone = 1 if getattr(layer, "synchronized", False) else replicas
+            evidence.append(compared(layer, sites, alone * feed.batches))
     if any(1 < layer.values_per_batch <= TINY for layer in evidence) and not trouble:
         evidence = _with_batches(model, feed, forward, include_frozen, layers, evidence, passes)
         passes += 1
@@ -131,11 +136,10 @@ def _with_batches(
     return extended
 
 
-def _has_loss(model: keras.layers.Layer, feed: Feed, population: Population) -> bool:
+def _has_loss(model: keras.layers.Layer, feed: Feed, replicas: int) -> bool:
     """Whether a loss can be computed: the model is compiled, there are labels, and one replica."""
     _, y, _ = unpacked(model, feed.spec)
-    multiple = population.strategy.num_replicas_in_sync > 1
-    return getattr(model, "compiled", False) and y is not None and not multiple
+    return getattr(model, "compiled", False) and y is not None and replicas == 1
 
 
 def _scores(model: keras.Model, feed: Feed, population: Population) -> dict[str, dict[str, float]]:

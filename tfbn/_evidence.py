@@ -18,19 +18,24 @@ DEAD_GAMMA = 1e-6
 CONSTANT = 1e-12  # of the square of the mean: what float32 leaves of a constant
 
 
-def per_batch_mean(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) -> Moments:
+def per_batch_mean(
+    x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None, batch: Moments
+) -> Moments:
     """The mean of a batch, as one value: pooled, the spread of the means of the batches."""
-    count, mean, _ = values(x, axes, mask)
-    return Moments(tf.cast(count > 0, tf.float64), mean, tf.zeros_like(mean))
+    return Moments(tf.cast(batch.count > 0, tf.float64), batch.mean, tf.zeros_like(batch.mean))
 
 
-def per_batch_variance(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) -> Moments:
+def per_batch_variance(
+    x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None, batch: Moments
+) -> Moments:
     """The biased variance in a batch, as one value: pooled, the average that a layer keeps in training."""
-    count, _, variance = values(x, axes, mask)
-    return Moments(tf.cast(count > 0, tf.float64), variance, tf.zeros_like(variance))
+    variance = batch.variance
+    return Moments(tf.cast(batch.count > 0, tf.float64), variance, tf.zeros_like(variance))
 
 
-def per_example_mean(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) -> Moments:
+def per_example_mean(
+    x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None, batch: Moments
+) -> Moments:
     """The mean of each example, as one value: pooled, what makes the means of batches differ."""
     x = tf.cast(x, statistics_dtype(x.dtype))
     within = [axis for axis in reduced_axes(x.shape.rank, axes) if axis]
@@ -63,7 +68,8 @@ class LayerEvidence:
         log_variance_ratio: :math:`\log((v + \epsilon) / (\sigma^2 + \epsilon))` of the moving variance
             and the true one: the mean over the channels.
         log_variance_ratio_rms: The same, as a root mean square.
-        batch_noise: The standard deviation of the means of the batches, in units of sigma.
+        batch_noise: The standard deviation of the means of the batches (with several replicas, of their
+            shares), in units of sigma.
         constant: Channels whose input never changes.
         dead_gammas: Channels whose gamma is (nearly) 0.
         not_finite: Moving statistics that are NaN or infinite.
@@ -124,7 +130,7 @@ def stored(layer: BatchNormLayer, calls: int) -> LayerEvidence:
 
 
 def compared(layer: BatchNormLayer, sites: Sequence[Site], batches: int) -> LayerEvidence:
-    """What the weights tell beside the measured inputs of the layer's calls."""
+    """What the weights tell beside the measured inputs of the layer's calls, each of so many batches."""
     own = stored(layer, len(sites))
     seen, by_batch, _, by_example = (pooled(sites, number) for number in range(4))
     count, true_mean, true_variance = seen

@@ -28,7 +28,8 @@ from tfbn._normalize import without_gradients
 from tfbn._sites import Pool, Site, normalize_by_batch, values
 
 Forward = Callable[[keras.layers.Layer, Any], Any]
-Summary = Callable[[tf.Tensor, Sequence[int], tf.Tensor | None], Moments]
+# Of the inputs of a call, its axes and mask, and the moments that it is measured or normalized by.
+Summary = Callable[[tf.Tensor, Sequence[int], tf.Tensor | None, Moments], Moments]
 ONCE = Moments(1.0, 0.0, 0.0)
 
 
@@ -182,7 +183,7 @@ class Population:
                 y, moments = site.normalize(*inputs), values(*inputs)
             else:
                 y, moments = normalize_by_batch(site.layer, *inputs)
-            summaries = [moments, *(summary(*inputs) for summary in self._summaries)]
+            summaries = [moments, *(summary(*inputs, moments) for summary in self._summaries)]
             if site.nested and site.level == level:
                 self._nested[site].add([*summaries, ONCE])
             seen.append([] if site.nested else summaries)

@@ -123,7 +123,8 @@ def recalibrate(
     ``momentum=None`` the result counts as the average over the batches of one pass, to be continued.
     Under a `tf.distribute` strategy each replica takes a share of every batch, and statistics are those
     of all shares. (With ``upstream="batch"`` it normalizes its share by itself or, where the layer is
-    synchronized, with the others.)
+    synchronized, with the others.) Each worker calls it with the same data, as `tfbn.TrainingLoop` demands,
+    and all of them get the same bits.
 
     Args:
         model: A Keras model or layer. It is built if it is not; otherwise, only the moving

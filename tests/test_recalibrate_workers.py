@@ -1,0 +1,108 @@
+"""Recalibration and diagnosis under a tf.distribute strategy pool over its replicas, of all workers."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from replicas import Observed, run_devices, run_workers
+from worker_recalibration import X
+
+PROGRAM = "worker_recalibration.py"
+EPSILON = 1e-3
+KINDS = list(itertools.product(("keras", "tfbn"), ("apart", "synchronized")))
+OURS = [kind for kind in KINDS if kind[0] == "tfbn"]
+
+pytestmark = pytest.mark.timeout(250)
+
+
+@pytest.fixture(scope="module")
+def devices(tmp_path_factory) -> Observed:
+    output = tmp_path_factory.mktemp("devices") / "out.npz"
+    return run_devices(PROGRAM, output, "--devices", "2")
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory) -> Observed:
+    return run_workers(tmp_path_factory.mktemp("workers"), 2, PROGRAM)
+
+
+@pytest.mark.parametrize("upstream", ["population", "batch"])
+@pytest.mark.parametrize(("kind", "together"), KINDS)
+def test_two_devices_give_the_statistics_of_all_data(devices, kind, together, upstream):
+    assert_recalibrated(devices, kind, together, upstream)
+
+
+@pytest.mark.parametrize("upstream", ["population", "batch"])
+@pytest.mark.parametrize(("kind", "together"), OURS)
+def test_two_workers_give_the_statistics_of_all_data(workers, kind, together, upstream):
+    assert_recalibrated(workers, kind, together, upstream)
+    assert_same_reports(workers, f"{kind}-{together}-{upstream}")
+
+
+@pytest.mark.parametrize(("kind", "together"), KINDS)
+def test_two_devices_diagnose_what_all_data_shows(devices, kind, together):
+    assert_diagnosed(devices, kind, together)
+
+
+@pytest.mark.parametrize(("kind", "together"), OURS)
+def test_two_workers_diagnose_what_all_data_shows(workers, kind, together):
+    assert_diagnosed(workers, kind, together)
+
+
+def assert_recalibrated(observed: Observed, kind: str, together: str, upstream: str) -> None:
+    name = f"{kind}-{together}-{upstream}"
+    result = json.loads(str(observed[f"{name}/result 0"]))
+    assert (result["batches"], result["examples"]) == (3, 23)
+    assert [layer["values"] for layer in result["layers"]] == [23, 23]
+    # What the first layer normalizes together: everything, each batch, or each replica's share of it.
+    ends = {"apart": [0, 5, 11, 16, 22, 23], "synchronized": [0, 11, 22, 23]}[together]
+    inside = hidden(parts([0, 23] if upstream == "population" else ends))
+    expected = {
+        "first/moving_mean": X.mean(0),
+        "first/moving_variance": X.var(0),
+        "second/moving_mean": inside.mean(0),
+        "second/moving_variance": inside.var(0),
+    }
+    for weight, value in expected.items():
+        one, other = (observed[f"{name}/{weight}/{replica}"] for replica in (0, 1))
+        np.testing.assert_allclose(one, value, rtol=1e-4, err_msg=weight)
+        np.testing.assert_array_equal(one, other, err_msg=weight)
+
+
+def assert_diagnosed(observed: Observed, kind: str, together: str) -> None:
+    name = f"{kind}-{together}-population"
+    before, after = (json.loads(str(observed[f"{name}/{when} 0"])) for when in ("before", "after"))
+    (finding,) = before["findings"]
+    assert (finding["kind"], len(finding["layers"])) == ("never_updated", 2)
+    assert not after["findings"]
+    shares = {"apart": [0, 4, 8, 12, 16, 19, 23], "synchronized": [0, 8, 16, 23]}[together]
+    seen = {"first": (X, parts(shares)), "second": (hidden([X]), None)}
+    for layer in before["layers"]:
+        values, batches = seen[layer["layer"].rsplit("/", 1)[-1]]
+        sigma = np.sqrt(values.var(0) + EPSILON)
+        expected = {
+            "values_per_batch": 23 / (len(shares) - 1),
+            "mean_shift": np.sqrt(np.mean(np.square(values.mean(0) / sigma))),
+            "log_variance_ratio": np.mean(np.log((1 + EPSILON) / sigma**2)),
+        }
+        if batches:
+            within = np.mean([part.var(0) for part in batches], 0)
+            expected["within_batch"] = np.mean(np.log((1 + EPSILON) / (within + EPSILON)))
+        assert {key: layer[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def assert_same_reports(observed: Observed, name: str) -> None:
+    for report in ("before", "result", "after"):
+        assert observed[f"{name}/{report} 0"] == observed[f"{name}/{report} 1"]
+
+
+def parts(ends: list[int]) -> list[np.ndarray]:
+    return [X[begin:end] for begin, end in itertools.pairwise(ends)]
+
+
+def hidden(batches: list[np.ndarray]) -> np.ndarray:
+    """What the second layer sees if the first one normalizes each batch by itself."""
+    y = [(part - part.mean(0)) / np.sqrt(part.var(0) + EPSILON) for part in batches]
+    return np.maximum(np.concatenate(y) @ np.ones((2, 3)), 0)
