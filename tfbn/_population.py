@@ -178,12 +178,12 @@ class Population:
         """Runs the model on a batch; what its calls see."""
         seen: list[list[Moments]] = []
 
-        def observe(site: Site, *inputs: Any) -> tf.Tensor:
+        def observe(site: Site, x: tf.Tensor, axes: Sequence[int], mask: Any) -> tf.Tensor:
             if self._exact:
-                y, moments = site.normalize(*inputs), values(*inputs)
+                y, moments = site.normalize(x, axes, mask), values(x, axes, mask)
             else:
-                y, moments = normalize_by_batch(site.layer, *inputs)
-            summaries = [moments, *(summary(*inputs, moments) for summary in self._summaries)]
+                y, moments = normalize_by_batch(site.layer, x, axes, mask)
+            summaries = [moments, *(summary(x, axes, mask, moments) for summary in self._summaries)]
             if site.nested and site.level == level:
                 self._nested[site].add([*summaries, ONCE])
             seen.append([] if site.nested else summaries)
