@@ -1,4 +1,4 @@
-"""Recalibration and diagnosis under a tf.distribute strategy pool over its replicas, of all workers."""
+"""Recalibration and diagnosis under a strategy of several workers pool over all of them."""
 
 import itertools
 import json
@@ -6,21 +6,14 @@ import json
 import numpy as np
 import pytest
 
-from replicas import Observed, run_devices, run_workers
+from replicas import Observed, run_workers
 from worker_recalibration import X
 
 PROGRAM = "worker_recalibration.py"
 EPSILON = 1e-3
-KINDS = list(itertools.product(("keras", "tfbn"), ("apart", "synchronized")))
-OURS = [kind for kind in KINDS if kind[0] == "tfbn"]
+OURS = [("tfbn", "apart"), ("tfbn", "synchronized")]
 
 pytestmark = pytest.mark.timeout(250)
-
-
-@pytest.fixture(scope="module")
-def devices(tmp_path_factory) -> Observed:
-    output = tmp_path_factory.mktemp("devices") / "out.npz"
-    return run_devices(PROGRAM, output, "--devices", "2")
 
 
 @pytest.fixture(scope="module")
@@ -29,21 +22,10 @@ def workers(tmp_path_factory) -> Observed:
 
 
 @pytest.mark.parametrize("upstream", ["population", "batch"])
-@pytest.mark.parametrize(("kind", "together"), KINDS)
-def test_two_devices_give_the_statistics_of_all_data(devices, kind, together, upstream):
-    assert_recalibrated(devices, kind, together, upstream)
-
-
-@pytest.mark.parametrize("upstream", ["population", "batch"])
 @pytest.mark.parametrize(("kind", "together"), OURS)
 def test_two_workers_give_the_statistics_of_all_data(workers, kind, together, upstream):
     assert_recalibrated(workers, kind, together, upstream)
     assert_same_reports(workers, f"{kind}-{together}-{upstream}")
-
-
-@pytest.mark.parametrize(("kind", "together"), KINDS)
-def test_two_devices_diagnose_what_all_data_shows(devices, kind, together):
-    assert_diagnosed(devices, kind, together)
 
 
 @pytest.mark.parametrize(("kind", "together"), OURS)
