@@ -145,12 +145,7 @@ CASES += [
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--addresses", default="")
-    parser.add_argument("--index", type=int, default=0)
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     strategies = started(options.devices, options.addresses, options.index)
     observed: Observed = {}
     for case in CASES:
@@ -166,6 +161,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         observed |= {f"trained/{name}": value for name, value in trained(strategy).items()}
         meet(strategy)
     np.savez(options.output, **observed)
+
+
+def parser() -> argparse.ArgumentParser:
+    """What each program of replicas is told: where its output goes, and which process it is."""
+    new = argparse.ArgumentParser()
+    new.add_argument("output", type=Path)
+    new.add_argument("--devices", type=int, default=1)
+    new.add_argument("--addresses", default="")
+    new.add_argument("--index", type=int, default=0)
+    return new
 
 
 def started(devices: int, addresses: str = "", index: int = 0) -> dict[int, Any]:

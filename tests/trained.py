@@ -194,11 +194,7 @@ SCENARIOS = [
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--addresses", default="")
-    parser.add_argument("--index", type=int, default=0)
+    parser = replicas.parser()
     parser.add_argument("--scenario")
     parser.add_argument("--backup", type=Path)
     parser.add_argument("--killed", type=int, help="the worker that kills itself")

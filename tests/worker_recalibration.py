@@ -6,16 +6,14 @@
 The processes compute and the tests judge: a worker that failed would leave the others waiting.
 """
 
-import argparse
 import itertools
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from replicas import Observed, local, meet, started
+from replicas import Observed, local, meet, parser, started
 
 UPSTREAM = ("population", "batch")
 X = np.random.default_rng(0).normal(4.0, 2.0, (23, 2)).astype("float32")
@@ -24,12 +22,7 @@ DIAGNOSED = 8  # to a batch: so few that the diagnosis looks into each
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--addresses", default="")
-    parser.add_argument("--index", type=int, default=0)
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     (strategy,) = started(options.devices, options.addresses, options.index).values()
     import keras
 
