@@ -18,7 +18,7 @@ help: ## list the targets
 
 .PHONY: test
 test: lint types ## lint, check types, run the tests and print the coverage
-	$(python) -m pytest --cov --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+	$(python) -m pytest --cov --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 .PHONY: demo
 demo: $(VENV)/ready ## train on handwritten digits and export the model

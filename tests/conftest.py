@@ -8,7 +8,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 os.environ["MPLBACKEND"] = "agg"
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import hypothesis
 import keras
@@ -39,11 +39,48 @@ GPUS = [name for name in _devices() if name.startswith("GPU")]
 CPUS = [name for name in _devices() if name.startswith("CPU")]
 
 
+# The files that take longest. They go first, or in the end one process would wait for the other.
+LONG = [
+    "test_diagnose",
+    "test_training_replicas",
+    "test_workers_training",
+    "test_recalibrate",
+    "test_replicas_statistics",
+    "test_examples_digits",
+    "test_benchmarks",
+    "test_layer_parity",
+    "test_recalibrate_workers",
+    "test_lectures_gallery_laws",
+]
+# To trace lines costs a third of the time. What these files reach of tfbn, its own tests reach too.
+UNCOUNTED = (
+    "test_applications",
+    "test_benchmarks",
+    "test_examples",
+    "test_lectures",
+    "test_readme",
+    "test_replicas_scaling",
+    "test_workers_example",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not GPUS:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU, and TensorFlow lists none"))
+    rank = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
+    for item in items:
+        if not GPUS and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and TensorFlow lists none"))
+        if item.path.stem.startswith(UNCOUNTED):
+            item.add_marker(pytest.mark.no_cover)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """What is not to count coverage starts no process that does."""
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("no_cover"):
+            patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        return (yield)
 
 
 @pytest.fixture(autouse=True)
