@@ -1,6 +1,7 @@
 """Runs layers on several replicas in processes of their own, which write down what each replica saw.
 
     python tests/replicas.py OUT.npz --devices 4                    # virtual devices of one process
+    python tests/replicas.py OUT.npz --devices 2 --kind GPU         # cut out of the first GPU
     python tests/replicas.py OUT.npz --addresses A:1,B:2 --index 0  # one of several workers
 
 The processes compute and the tests judge: nothing in here compares. Virtual devices and workers have
@@ -146,7 +147,7 @@ CASES += [
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    strategies = started(options.devices, options.addresses, options.index)
+    strategies = started(options.devices, options.addresses, options.index, options.kind)
     observed: Observed = {}
     for case in CASES:
         if case.replicas in strategies and (case.workers or not options.addresses):
@@ -168,12 +169,13 @@ def parser() -> argparse.ArgumentParser:
     new = argparse.ArgumentParser()
     new.add_argument("output", type=Path)
     new.add_argument("--devices", type=int, default=1)
+    new.add_argument("--kind", choices=["CPU", "GPU"], default="CPU")
     new.add_argument("--addresses", default="")
     new.add_argument("--index", type=int, default=0)
     return new
 
 
-def started(devices: int, addresses: str = "", index: int = 0) -> dict[int, Any]:
+def started(devices: int, addresses: str = "", index: int = 0, kind: str = "CPU") -> dict[int, Any]:
     """The strategies that there are, by the number of their replicas."""
     if addresses:
         task = {"type": "worker", "index": index}
@@ -183,14 +185,15 @@ def started(devices: int, addresses: str = "", index: int = 0) -> dict[int, Any]
 
     if addresses:
         return {len(cluster["worker"]): tf.distribute.MultiWorkerMirroredStrategy()}
+    # A GPU is cut by its memory, a CPU is not.
+    part = tf.config.LogicalDeviceConfiguration(memory_limit=1024 if kind == "GPU" else None)
     tf.config.set_logical_device_configuration(
-        tf.config.list_physical_devices("CPU")[0],
-        [tf.config.LogicalDeviceConfiguration()] * devices,
+        tf.config.list_physical_devices(kind)[0], [part] * devices
     )
     # Collectives know one group of devices in a process: the other strategies reduce in other ways.
     ways = {3: tf.distribute.ReductionToOneDevice(), 4: tf.distribute.HierarchicalCopyAllReduce()}
     return {
-        n: tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(n)], ways.get(n))
+        n: tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(n)], ways.get(n))
         for n in range(2, devices + 1)
     }
 

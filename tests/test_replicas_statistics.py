@@ -1,4 +1,4 @@
-"""What layers do on many replicas: on 2, 3 and 4 virtual devices, and in 2 and 3 worker processes."""
+"""What layers do on many replicas: on 2, 3 and 4 virtual devices, 2 virtual GPUs, 2 and 3 worker processes."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from oracle import BatchNorm, Pass
 from replica_models import assert_trained
 from replicas import CASES, STEPS, Case, Observed, Shard, shards
 
+DEVICES = {"devices": ["--devices", "4"], "gpus": ["--devices", "2", "--kind", "GPU"]}
 TOLERANCE = {"float64": 1e-10, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
@@ -21,26 +22,36 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], O
     known: dict[tuple[str, int], Observed] = {}
 
     def find(setting: str, number: int) -> Observed:
-        key = (setting, 0 if setting == "devices" else number)
+        key = (setting, number if setting == "workers" else 0)
         if key not in known:
-            if setting == "devices":
-                known[key] = replicas.run_devices(
-                    "replicas.py", folder / "devices.npz", "--devices", "4"
-                )
-            else:
+            if setting == "workers":
                 known[key] = replicas.run_workers(folder, number)
+            else:
+                known[key] = replicas.run_devices(
+                    "replicas.py", folder / f"{setting}.npz", *DEVICES[setting]
+                )
         return known[key]
 
     return find
 
 
 def settings(wanted: Callable[[Case], bool]) -> list:
-    """Every case, on virtual devices; some of them on workers too."""
+    """Every case, on virtual devices; those of two replicas on GPUs, some of them on workers too."""
+    runs = {
+        "devices": lambda case: True,
+        "workers": lambda case: case.workers,
+        "gpus": lambda case: case.replicas == 2,
+    }
     return [
-        pytest.param(case, setting, id=f"{setting}-{case.id}")
-        for setting in ("devices", "workers")
+        pytest.param(
+            case,
+            setting,
+            id=f"{setting}-{case.id}",
+            marks=[pytest.mark.gpu] if setting == "gpus" else [],
+        )
+        for setting, takes_part in runs.items()
         for case in CASES
-        if wanted(case) and (setting == "devices" or case.workers)
+        if wanted(case) and takes_part(case)
     ]
 
 
