@@ -77,6 +77,7 @@ def test_empty_batch_gives_an_empty_result_zero_gradients_and_moves_nothing(
 @pytest.mark.parametrize("kind", [*KINDS, "virtual"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.usefixtures("device")
 def test_empty_batch_of_every_kind_and_dtype(kind, dtype, mode):
     arguments = KINDS.get(kind, {"virtual_batch_size": 2})
     layer = built((4, 3), -1, dtype=dtype, **arguments)
@@ -209,6 +210,7 @@ def test_one_example_alone_is_as_in_keras_and_never_nan(shape, axis, mode):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("device")
 def test_one_value_per_channel_gives_beta_and_variance_zero(dtype, kind):
     # TensorFlow's fused kernel divides by N - 1 here (tensorflow#48845).
     layer = tfbn.BatchNormalization(dtype=dtype, **{"momentum": 0.0, **KINDS[kind]})
