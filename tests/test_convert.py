@@ -275,13 +275,24 @@ def test_layers_can_be_synchronized_and_not():
     assert [layer.synchronized for layer in batch_norm_layers(apart)] == [False]
 
 
-def test_lookup_tables_move_along():
-    lookup = layers.StringLookup(output_mode="one_hot")
-    lookup.adapt(["red", "red", "green", "blue"])
-    x = keras.Input((1,), dtype="string")
-    model = keras.Model(x, Stock()(layers.Dense(2)(lookup(x))))
-    words = tf.constant([["green"], ["red"], ["grey"]])
-    np.testing.assert_allclose(tfbn.convert(model)(words), model(words), rtol=1e-6)
+@pytest.mark.parametrize(
+    ("layer", "data", "inputs"),
+    [
+        (layers.StringLookup(output_mode="one_hot"), ["red", "red", "blue"], ["red", "grey"]),
+        (layers.StringLookup(output_mode="tf_idf"), [["red", "red"], ["blue", "red"]], ["blue"]),
+        (layers.Discretization(num_bins=3, output_mode="one_hot"), [1.0, 2.0, 5.0], [1.0, 4.0]),
+        (layers.Normalization(axis=-1), [[1.0], [2.0], [9.0]], [3.0, 4.0]),
+    ],
+    ids=["lookup", "frequencies", "bins", "normalization"],
+)
+def test_what_layers_have_adapted_to_moves_along(layer, data, inputs):
+    layer.adapt(np.array(data))
+    inputs = tf.constant([[x] for x in inputs])
+    x = keras.Input((1,), dtype=inputs.dtype)
+    model = keras.Model(x, Stock()(layers.Dense(2)(layer(x))))
+    back = tfbn.convert(tfbn.convert(model), to=Stock)
+    assert_same_bits(back(inputs), model(inputs))
+    assert tfbn.fold(model, inputs).report.difference < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,13 @@ def move_weights(
             moved.add(id(target))
 
 
-def move_assets(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    """State that is no weight, such as a vocabulary: Keras's hooks for saving carry it."""
+def move_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
+    """What is no weight, such as a vocabulary, or is made of weights: Keras's hooks for saving carry it."""
+    kind = type(old)
+    if kind is type(new) and kind.load_own_variables is not keras.layers.Layer.load_own_variables:
+        store: dict[str, Any] = {}
+        old.save_own_variables(store)
+        new.load_own_variables({k: keras.ops.convert_to_tensor(v) for k, v in store.items()})
     if hasattr(old, "save_assets") and hasattr(new, "load_assets"):
         with tempfile.TemporaryDirectory() as folder:
             old.save_assets(folder)

@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from tfbn._copy_layer import build_alike, copy_operation, move_assets, move_weights, swap_child
+from tfbn._copy_layer import build_alike, copy_operation, move_state, move_weights, swap_child
 from tfbn._models import _children, _walk
 
 
@@ -133,8 +133,8 @@ class Copies:
         pairs = [pair for pair in pairs if isinstance(pair[0], keras.layers.Layer)]
         moved: set[int] = set()
         for old, new in pairs:
-            move_weights(old, new, moved)
-            move_assets(old, new)
+            move_state(old, new)
+            move_weights(old, new, moved)  # Bit for bit: some hooks merge weights, of LoRA for one.
         for old in _parents_first(
             old for old, _ in pairs
         ):  # A parent's flag goes down to its children.
