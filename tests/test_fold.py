@@ -322,6 +322,22 @@ def test_dropout_that_stays_on_is_not_moved_through():
     assert "says training=True" in reasons(folded(keras.Model(x, layers.Dense(3)(h))))[0]
 
 
+def test_what_is_float32_for_good_reasons_does_not_become_float16():
+    x, large = keras.Input((4,)), keras.Input((4,))
+    behind = Norm(dtype="float32")(layers.Dense(3, dtype="mixed_float16", name="half")(x))
+    norm = Norm(dtype="float32")
+    before = layers.Dense(3, dtype="mixed_float16", name="after")(norm(large))
+    model = randomize(keras.Model([x, large], [behind, before]))
+    norm.moving_variance.assign([1e12] * 4)
+    values = tf.random.stateless_normal((3, 4), (7, 7))
+    new = tfbn.fold(model, [values, 1e6 * values])  # Beyond float16.
+    assert [output.dtype for output in new.output] == ["float32", "float16"]
+    assert new.report.difference < 2e-3
+    why = " ".join(reason for reason in reasons(new) if reason)
+    for name in ("half", "after"):
+        assert f"'{name}' (Dense) gives float16, and it gives float32" in why
+
+
 def test_subclasses_are_not_taken_for_what_they_may_not_be():
     @keras.saving.register_keras_serializable("test_fold")
     class Standardized(layers.Dense):

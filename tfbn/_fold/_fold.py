@@ -42,8 +42,10 @@ def fold(model: keras.Model, inputs: Any = None, *, tolerance: float | None = No
 
     Returns:
         A Functional model of Keras's own layers: nothing that uses it needs tfbn. Its inputs and
-        outputs are nested and named as the model's. Its attribute `report`, a `FoldReport`, says what
-        became of each batch normalization layer and how large the difference is. It is not compiled.
+        outputs are nested as the model's, with the same keys; an output that was batch normalization's has
+        the name of the layer that took it up (`tfbn.export` keeps the old one). Its attribute
+        `report`, a `FoldReport`, says what became of each batch normalization layer and how large the
+        difference is. It is not compiled.
 
     Raises:
         TypeError: if `model` is no Keras model.

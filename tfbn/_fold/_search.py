@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from tfbn._fold._affine import Affine, Stays, of_batch_norm
-from tfbn._fold._graph import Call, Graph
+from tfbn._fold._graph import Call, Graph, tensors
 from tfbn._fold._linear import LINEAR, Linear, Weights, linear_reason, weights_of
 from tfbn._fold._passing import PASSING, Passing
 from tfbn._fold._report import Outcome, Row
@@ -49,7 +49,7 @@ def _fold_one(graph: Graph, call: Call) -> Row:
 
     if call.affine is None:
         return row(Outcome.UNCHANGED, reason=_inference_reason(call))
-    search = _Search(graph)
+    search = _Search(graph, call.outputs.dtype)
     reasons = []
     for way, outcome in (
         (lambda: search.up(call.source, call.affine), Outcome.INTO_PRECEDING),
@@ -87,10 +87,15 @@ def _inference_reason(call: Call) -> str | None:
 
 
 class _Search:
-    """Looks for the layers that take up a map. Changes nothing: it returns a plan, or raises `Stays`."""
+    """Looks for the layers that take up a map. Changes nothing: it returns a plan, or raises `Stays`.
 
-    def __init__(self, graph: Graph) -> None:
+    All that is on the way has to compute in one dtype, that of the map: what is float32 for good reasons is
+    not to become float16.
+    """
+
+    def __init__(self, graph: Graph, dtype: str) -> None:
         self._graph = graph
+        self._dtype = dtype
 
     def up(self, tensor: Any, affine: Affine) -> Plan:
         """Puts a map of a tensor into what made the tensor."""
@@ -102,6 +107,7 @@ class _Search:
         takers = self._graph.consumers(tensor)
         if len(takers) > 1:
             raise Stays(f"{call} feeds {len(takers)} layers")
+        self._require_same_dtype(call)
         if call.affine is not None:
             return [(call, affine.after(call.affine))]
         layer, rule, affine = _rule(call, affine)
@@ -131,6 +137,7 @@ class _Search:
         return plan
 
     def _into(self, call: Call, tensor: Any, affine: Affine) -> Plan:
+        self._require_same_dtype(call)
         if call.affine is not None:
             return [(call, call.affine.after(affine))]
         if sum(source is tensor for source in call.inputs) > 1 or call.source is not tensor:
@@ -143,6 +150,11 @@ class _Search:
             raise Stays(f"the call of {call} says training=True")
         after = rule.forward(layer, inner, shape, _shape(call, call.outputs))
         return self.down(call.outputs, _outside(call, after))
+
+    def _require_same_dtype(self, call: Call) -> None:
+        for output in tensors(call.outputs):
+            if output.dtype != self._dtype:
+                raise Stays(f"{call} gives {output.dtype}, and it gives {self._dtype}")
 
 
 def _weights(call: Call, layer: keras.layers.Layer) -> Weights:
