@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bars, cases, contenders, environment, results, tables
+from benchmarks import bars, cases, command_line, contenders, environment, results, tables
 from benchmarks.race import Race, Settings
 
 DEFAULT_OUTPUT = Path("build/benchmarks")
@@ -64,11 +64,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser("benchmarks", __doc__)
     parser.add_argument("suite", nargs="?", default="all", choices=["layers", "models", "all"])
     parser.add_argument(
         "--contenders",

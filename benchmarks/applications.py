@@ -4,20 +4,21 @@ r"""Converts and folds every network of `keras.applications`, and writes down wh
     python -m benchmarks.applications DenseNet121 Xception   # these anew, the others as they were
 
 Random weights and small random images: nothing is downloaded. Each network has a process of
-its own, which bounds the memory. Writes `docs/applications.json`, and from that `docs/applications.md`.
+its own, which bounds the memory: 5 GiB for the largest. Writes `docs/applications.json`, and from that
+`docs/applications.md`.
 """
 
-import argparse
+import contextlib
 import json
 import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks import command_line, results
 from benchmarks.tables import table
 
 ROOT = Path(__file__).parents[1]
@@ -30,25 +31,21 @@ SECONDS = 900.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.applications",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser("benchmarks.applications", __doc__)
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help="of keras.applications")
     parser.add_argument("--here", action="store_true", help="one network, in this process, as JSON")
     options = parser.parse_args(arguments)
     if options.here:
         print(json.dumps(measured(*options.networks)))
         return
-    run = results.load(RESULTS) if options.networks and RESULTS.exists() else {"results": []}
-    found = {result["network"]: result for result in run["results"]}
-    for name in options.networks or names():
+    known = names()
+    found = {name: old for name, old in results.by_network(RESULTS).items() if name in known}
+    for name in options.networks or known:
         found[name] = _in_a_process(name)
         print(_line(found[name]), flush=True)
         run = {
             "versions": _versions(),
-            "not_run": sorted(set(names()) - set(found)),
+            "not_run": sorted(set(known) - set(found)),
             "results": [found[name] for name in sorted(found)],
         }
         results.save(run, RESULTS)
@@ -101,26 +98,18 @@ def measured(name: str, size: int = SIZE) -> dict[str, Any]:
     keras.utils.set_random_seed(0)
     stock = built(name, size, classifier_activation=None)  # Softmax would hide differences.
     images = np.random.default_rng(1).normal(size=(2, size, size, 3)).astype("float32")
-
-    def outputs(model: Any) -> Any:
-        return np.asarray(model(images, training=False))
-
-    expected = outputs(stock)
-    scale = float(np.max(np.abs(expected)))
-
-    def difference(model: Any) -> float:
-        return float(np.max(np.abs(outputs(model) - expected))) / scale
-
+    expected = _outputs(stock, images)
     converted = tfbn.convert(stock)
-    ours = difference(converted)
+    ours = _difference(_outputs(converted, images), expected)
     back = tfbn.convert(converted, to=keras.layers.BatchNormalization)
     del converted
     identical = _paths(back) == _paths(stock)
     for old, new in zip(stock.weights, back.weights, strict=True):
         identical = identical and np.array_equal(old.numpy(), new.numpy())
-    identical = identical and np.array_equal(outputs(back), expected)
+    identical = identical and np.array_equal(_outputs(back, images), expected)
     del back
     folded = tfbn.fold(stock, images, tolerance=1.0)  # The page says which are over the bar.
+    after = _outputs(folded, images)
     outcomes = Counter(str(row.outcome) for row in folded.report.rows)
     behind = directly_behind(stock)
     return {
@@ -135,8 +124,55 @@ def measured(name: str, size: int = SIZE) -> dict[str, Any]:
         "multiply_add": outcomes["multiply-add"],
         "unchanged": outcomes["unchanged"],
         "left": [{"layer": row.layer, "reason": row.reason} for row in folded.report.left],
-        "difference": difference(folded),
+        "difference": _difference(after, expected),
+        **(_in_float64(name, stock, images, after) if folded.report.rows else {}),
     }
+
+
+def _in_float64(name: str, stock: Any, images: Any, folded_outputs: Any) -> dict[str, float]:
+    """What folding changes where nearly nothing is rounded, and how far the outputs in float32 are from there."""
+    import keras
+
+    import tfbn
+
+    with _float64():
+        exact = getattr(keras.applications, name)(
+            weights=None, input_shape=images.shape[1:], classifier_activation=None
+        )
+        exact.set_weights(stock.get_weights())
+        truth = _outputs(exact, images)
+        folded = tfbn.fold(exact, images, tolerance=1.0)
+        return {
+            "difference_in_float64": _difference(_outputs(folded, images), truth),
+            "rounding": _difference(_outputs(stock, images), truth),
+            "rounding_folded": _difference(folded_outputs, truth),
+        }
+
+
+def _outputs(model: Any, images: Any) -> Any:
+    import numpy as np
+
+    return np.asarray(model(images, training=False))
+
+
+def _difference(outputs: Any, expected: Any) -> float:
+    """The largest, of the largest output."""
+    return float(abs(outputs - expected).max() / abs(expected).max())
+
+
+@contextlib.contextmanager
+def _float64() -> Iterator[None]:
+    """Networks built inside have weights, and compute, in float64."""
+    import keras
+
+    floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(floatx)
+        keras.config.set_dtype_policy(policy)
 
 
 def _paths(model: Any) -> list[str]:
@@ -179,51 +215,64 @@ def _is_linear(entry: dict[str, Any]) -> bool:
 
 def page(run: dict[str, Any]) -> str:
     """The page of the docs."""
-    found = run["results"]
+    found = [result for result in run["results"] if result["layers"]]
+    none = [result for result in run["results"] if not result["layers"]]
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    head = ["network", "layers", "bit-equal", "folded", "left", "converted", "difference"]
+    head += ["in float64", "rounding", "rounding, folded"]
+    numbers = ["converted_difference", "difference"]
+    numbers += ["difference_in_float64", "rounding", "rounding_folded"]
     rows = [
         [
             result["network"],
             str(result["layers"]),
             "yes" if result["identical"] else "NO",
-            f"{result['converted_difference']:.0e}",
             str(result["folded"]),
             str(result["multiply_add"] + result["unchanged"]),
-            f"{result['difference']:.0e}",
+            *(f"{result[key]:.0e}" for key in numbers),
         ]
         for result in found
     ]
-    head = ["network", "layers", "bit-equal", "converted", "folded", "left", "difference"]
-    normalized = [result for result in found if result["layers"]]
 
     def total(key: str) -> int:
-        return sum(result[key] for result in normalized)
+        return sum(result[key] for result in found)
 
     behind, behind_left = total("directly_behind"), total("directly_behind_left")
-    over = [r["network"] for r in normalized if r["difference"] > BAR]
+    over = [f"{r['network']} ({r['rounding']:.0e})" for r in found if r["difference"] > BAR]
+    exact = max(r["difference_in_float64"] for r in found)
+    worse = max(r["rounding_folded"] / r["rounding"] for r in found)
+    nearer = sum(r["rounding_folded"] <= r["rounding"] for r in found)
+    same = all(r["identical"] and not r["difference"] for r in none)
     return f"""# The networks of keras.applications, converted and folded
 
 Generated by `python -m benchmarks.applications`; do not edit. {versions}; on a CPU, in
 float32, with random weights, the statistics of random images of {SIZE}×{SIZE}, and logits as outputs.
 
-{len(found)} networks, {len(normalized)} of them with batch normalization: {total("layers")} layers, of which {behind}
-stand directly behind a convolution that feeds nothing else. Of these, {behind - behind_left} folded.
+{len(found)} networks have batch normalization: {total("layers")} layers, of which {behind} stand directly behind a
+convolution that feeds nothing else. Of these, {behind - behind_left} folded. {len(none)} networks have none, and came
+out {"bit-equal" if same else "DIFFERENT"}: {", ".join(r["network"] for r in none)}.
+Not run: {", ".join(run["not_run"]) or "none"}.
 
-Folding may change an output by {BAR:.0e} of the largest; over that: {", ".join(over) or "none"}. Deep networks
-of random weights magnify rounding, whatever it is from: compare the column "converted", where the same formula
-is computed by other operations. Not run: {", ".join(run["not_run"]) or "none"}.
+Folding may change an output by {BAR:.0e} of the largest; over that, in brackets how far the network's own outputs
+in float32 are from those in float64: {", ".join(over) or "none"}.
+That is rounding, which depth magnifies, not the algebra: where the same networks compute in float64, folding changes
+no output by more than {exact:.0e}. The folded networks are off by at most {worse:.1f} times as much as the networks,
+and by no more in {nearer} of {len(found)}.
 
 {table(head, rows)}
 
 - layers: of batch normalization.
 - bit-equal: whether `tfbn.convert` to tfbn's layers and back to Keras's gave the same names, weights and outputs.
-- converted: the largest difference between outputs with Keras's layers and with tfbn's, of the largest output.
 - folded: into a convolution or a dense layer, by `tfbn.fold`. Left: became one multiply-add for each channel instead.
-- difference: the largest between outputs of the network and of the folded one, of the largest output.
+- converted: the largest difference between outputs with Keras's layers and with tfbn's, of the largest output.
+- difference: the largest between outputs of the network and of the folded one, of the largest output. In float64: the
+  same, where both compute in float64.
+- rounding: the largest difference between outputs in float32 and in float64, of the largest output, of the network
+  and of the folded one.
 
 ## What is left, and why
 
-{table(["network", "why, in the first of them", "layers"], _reasons(normalized), left=2)}
+{table(["network", "why, in the first of them", "layers"], _reasons(found), left=2)}
 """
 
 

@@ -16,6 +16,11 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def by_network(path: Path) -> dict[str, dict[str, Any]]:
+    """The results in a file, which need not be there, by the networks that they are of."""
+    return {r["network"]: r for r in load(path)["results"]} if path.exists() else {}
+
+
 def select(run: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
     """The results whose case has these values."""
     return [r for r in run["results"] if all(r.get(key) == v for key, v in wanted.items())]

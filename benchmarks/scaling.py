@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import environment, results
+from benchmarks import command_line, environment, results
 from tfbn._replicas import FEW
 
 KINDS = ["tfbn", "tfbn synchronized", "keras", "keras synchronized"]
@@ -41,11 +41,7 @@ PLANNED = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser("benchmarks.scaling", __doc__)
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument(
         "--shape", type=int, nargs="+", default=[32, 28, 28, 64], help="of a replica's batch"

@@ -10,7 +10,6 @@ normalization (with the biases that its convolutions then need), in the same way
 processes apart, the second one without tfbn and Keras. Writes JSON, and Markdown beside it.
 """
 
-import argparse
 import datetime
 import json
 import os
@@ -21,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environment, results
+from benchmarks import command_line, environment, results
 from benchmarks.applications import built
 from benchmarks.tables import table
 
@@ -35,11 +34,7 @@ RATIOS = [("stock", "folded"), ("stock", "tfbn"), ("folded", "bare"), ("tfbn", "
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.serving",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser("benchmarks.serving", __doc__)
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help="any of keras.applications")
     parser.add_argument("--turns", type=int, default=60, help="how often each has its turn")
     parser.add_argument("--threads", type=int, default=2)
@@ -49,8 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/serving.json"))
     parser.add_argument("--export-only", action="store_true", help="do not measure yet")
     options = parser.parse_args(arguments)
-    old = results.load(options.output)["results"] if options.output.exists() else []
-    found = {result["network"]: result for result in old}
+    found = results.by_network(options.output)
     with tempfile.TemporaryDirectory() as folder:
         models = options.models or Path(folder)
         for name in options.networks or list(NETWORKS):

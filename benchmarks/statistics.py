@@ -7,7 +7,6 @@ Whoever is compared runs in the same process and in turns; a ratio is the median
 Nothing is counted that is done once: building, tracing, the first run.
 """
 
-import argparse
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 import tfbn
-from benchmarks import memory, models
+from benchmarks import command_line, memory, models
 from tfbn import _averages
 from tfbn._feed import Feed
 from tfbn._moments import Moments
@@ -33,11 +32,7 @@ NORMS = {"keras": keras.layers.BatchNormalization, "tfbn": tfbn.BatchNormalizati
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.statistics",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser("benchmarks.statistics", __doc__)
     parser.add_argument("--batch", type=int, default=64, help="images in a batch")
     parser.add_argument("--batches", type=int, default=8, help="batches in a pass")
     parser.add_argument("--turns", type=int, default=15, help="how often each has its turn")
