@@ -15,14 +15,15 @@ import contextlib
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from examples.train_workers import free_ports
 
 ROOT = Path(__file__).parents[1]
 Observed = dict[str, np.ndarray]
@@ -284,35 +285,44 @@ def run_workers(folder: Path, workers: int, program: str = "replicas.py") -> Obs
     return {name: value for output in outputs for name, value in np.load(output).items()}
 
 
-def run_processes(program: str, arguments: list[list[str]], limit: float = 240) -> None:
-    """Runs a program of this folder with each of the arguments, all at once, and ends what is left of them."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def run_processes(program: str, arguments: Sequence[Sequence[str]]) -> None:
+    """Runs a program of this folder with each of the arguments, all at once, to the end."""
+    with processes(program, arguments) as started:
+        for process in started:
+            finish(process)
+
+
+@contextlib.contextmanager
+def processes(
+    program: str, arguments: Sequence[Sequence[str]]
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Starts a program of this folder with each of the arguments, and ends what is left of them."""
+    counted = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Coverage is counted in the first alone: the others do what it does.
+    uncounted = {k: v for k, v in counted.items() if k != "COVERAGE_PROCESS_CONFIG"}
     started = [
         subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / program), *each],
-            env=environment,
+            env=uncounted if index else counted,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for each in arguments
+        for index, each in enumerate(arguments)
     ]
     try:
-        for process in started:
-            output, _ = process.communicate(timeout=limit)
-            assert process.returncode == 0, output
+        yield started
     finally:
         for process in started:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
-def free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+def finish(process: subprocess.Popen[str], code: int = 0, limit: float = 240) -> str:
+    """Waits for the end of the process, and returns what it has printed."""
+    output, _ = process.communicate(timeout=limit)
+    assert process.returncode == code, output
+    return output
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from replicas import Observed, run_workers
-from worker_recalibration import X
+from worker_recalibration import TOGETHER, UPSTREAM, X
 
 PROGRAM = "worker_recalibration.py"
 EPSILON = 1e-3
-OURS = [("tfbn", "apart"), ("tfbn", "synchronized")]
 
 pytestmark = pytest.mark.timeout(250)
 
@@ -21,21 +20,12 @@ def workers(tmp_path_factory) -> Observed:
     return run_workers(tmp_path_factory.mktemp("workers"), 2, PROGRAM)
 
 
-@pytest.mark.parametrize("upstream", ["population", "batch"])
-@pytest.mark.parametrize(("kind", "together"), OURS)
-def test_two_workers_give_the_statistics_of_all_data(workers, kind, together, upstream):
-    assert_recalibrated(workers, kind, together, upstream)
-    assert_same_reports(workers, f"{kind}-{together}-{upstream}")
-
-
-@pytest.mark.parametrize(("kind", "together"), OURS)
-def test_two_workers_diagnose_what_all_data_shows(workers, kind, together):
-    assert_diagnosed(workers, kind, together)
-
-
-def assert_recalibrated(observed: Observed, kind: str, together: str, upstream: str) -> None:
-    name = f"{kind}-{together}-{upstream}"
-    result = json.loads(str(observed[f"{name}/result 0"]))
+@pytest.mark.parametrize("upstream", UPSTREAM)
+@pytest.mark.parametrize("together", TOGETHER)
+def test_two_workers_give_the_statistics_of_all_data(workers, together, upstream):
+    name = f"{together}/{upstream}"
+    assert workers[f"{name}/0"] == workers[f"{name}/1"]
+    result = json.loads(str(workers[f"{name}/0"]))
     assert (result["batches"], result["examples"]) == (3, 23)
     assert [layer["values"] for layer in result["layers"]] == [23, 23]
     # What the first layer normalizes together: everything, each batch, or each replica's share of it.
@@ -48,14 +38,18 @@ def assert_recalibrated(observed: Observed, kind: str, together: str, upstream: 
         "second/moving_variance": inside.var(0),
     }
     for weight, value in expected.items():
-        one, other = (observed[f"{name}/{weight}/{replica}"] for replica in (0, 1))
+        one, other = (workers[f"{name}/{weight}/{replica}"] for replica in (0, 1))
         np.testing.assert_allclose(one, value, rtol=1e-4, err_msg=weight)
         np.testing.assert_array_equal(one, other, err_msg=weight)
 
 
-def assert_diagnosed(observed: Observed, kind: str, together: str) -> None:
-    name = f"{kind}-{together}-population"
-    before, after = (json.loads(str(observed[f"{name}/{when} 0"])) for when in ("before", "after"))
+@pytest.mark.parametrize("together", TOGETHER)
+def test_two_workers_diagnose_what_all_data_shows(workers, together):
+    for when in ("before", "after"):
+        assert workers[f"{together}/{when}/0"] == workers[f"{together}/{when}/1"]
+    before, after = (
+        json.loads(str(workers[f"{together}/{when}/0"])) for when in ("before", "after")
+    )
     (finding,) = before["findings"]
     assert (finding["kind"], len(finding["layers"])) == ("never_updated", 2)
     assert not after["findings"]
@@ -73,11 +67,6 @@ def assert_diagnosed(observed: Observed, kind: str, together: str) -> None:
             within = np.mean([part.var(0) for part in batches], 0)
             expected["within_batch"] = np.mean(np.log((1 + EPSILON) / (within + EPSILON)))
         assert {key: layer[key] for key in expected} == pytest.approx(expected, rel=1e-4)
-
-
-def assert_same_reports(observed: Observed, name: str) -> None:
-    for report in ("before", "result", "after"):
-        assert observed[f"{name}/{report} 0"] == observed[f"{name}/{report} 1"]
 
 
 def parts(ends: list[int]) -> list[np.ndarray]:

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from replicas import run_devices
 from tfbn._training._gradients import _SUM
 from tfbn._training._workers import Workers
-from trained import SCENARIOS, Observed, run_devices
+from trained import PROGRAM, SCENARIOS, Observed
 
 pytestmark = pytest.mark.timeout(300)
 RUNS = [(scenario.id, number) for scenario in SCENARIOS for number in scenario.replicas]
@@ -18,7 +19,8 @@ TOLERANCE = {"overflowing": 1e-3}
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Observed:
     """Each scenario on one device and on several virtual ones, and what the experiments saw."""
-    return run_devices(tmp_path_factory.mktemp("trained") / "seen.npz", 4)
+    output = tmp_path_factory.mktemp("trained") / "seen.npz"
+    return run_devices(PROGRAM, output, "--devices", "4")
 
 
 def under(seen: Observed, *path: object) -> Observed:

@@ -5,8 +5,9 @@ import signal
 import numpy as np
 import pytest
 
+from replicas import finish, processes
 from test_training_replicas import distance, under
-from trained import Observed, finish, processes, run_workers, worker_commands
+from trained import PROGRAM, Observed, run_workers, worker_commands
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -25,6 +26,7 @@ def assert_trained_as_alone(seen: list[Observed], scenario: str) -> None:
             np.testing.assert_array_equal(value, first[name], err_msg=name)
 
 
+@pytest.mark.no_cover
 def test_three_workers_train_what_one_device_trains(tmp_path):
     seen = run_workers(tmp_path / "w", 3, "--scenario", "accumulated")
     assert_trained_as_alone(seen, "accumulated")
@@ -47,13 +49,14 @@ def test_two_workers_train_what_one_device_trains(undisturbed):
     assert_trained_as_alone(undisturbed, "uneven")
 
 
+@pytest.mark.no_cover
 def test_workers_that_are_killed_one_after_the_other_end_as_if_nothing_had_happened(
     undisturbed, tmp_path
 ):
     arguments = ["--scenario", "uneven", "--backup", tmp_path / "backup"]
     for killed in (0, 1):  # the chief, then the other, which has gone on from the chief's backup
         commands = worker_commands(tmp_path, 2, *arguments, "--killed", killed)
-        with processes(commands) as started:
+        with processes(PROGRAM, commands) as started:
             finish(started[killed], code=-signal.SIGKILL)
             # Seconds, most of which TensorFlow takes to leave, on a machine that may have much else to do.
             output = finish(started[1 - killed], code=1, limit=60)

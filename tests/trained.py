@@ -14,18 +14,16 @@ import contextlib
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import replicas
+from examples.train_workers import free_ports
 
-ROOT = Path(__file__).parents[1]
-Observed = dict[str, np.ndarray]
+Observed = replicas.Observed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +161,7 @@ def regression(**kwargs: Any) -> dict[str, Any]:
 SCENARIOS = [
     Scenario("even", dense, lambda: labelled(48), clipped, replicas=(2,)),
     # 50 steps, of batches of 8 and a last one of 1.
-    Scenario("uneven", dense, lambda: labelled(193), classification),
+    Scenario("uneven", dense, lambda: labelled(193), classification, replicas=(2, 4)),
     Scenario("masked", masked, lambda: sequences(33), regression, replicas=(4,)),
     Scenario(
         "heads",
@@ -423,15 +421,12 @@ EXPERIMENTS: dict[str, Callable[[dict[int, Any]], Observed]] = {
 # In the process of the tests
 
 
-def run_devices(output: Path, devices: int) -> Observed:
-    with processes([[str(output), "--devices", str(devices)]]) as (process,):
-        finish(process)
-    return dict(np.load(output))
+PROGRAM = "trained.py"
 
 
 def worker_commands(folder: Path, workers: int, *arguments: object) -> list[list[str]]:
     """One command for each worker, which writes `INDEX.npz` in the folder."""
-    addresses = ",".join(f"127.0.0.1:{port}" for port in replicas.free_ports(workers))
+    addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(workers))
     shared = ["--addresses", addresses, *map(str, arguments)]
     return [[str(folder / f"{i}.npz"), *shared, "--index", str(i)] for i in range(workers)]
 
@@ -439,38 +434,8 @@ def worker_commands(folder: Path, workers: int, *arguments: object) -> list[list
 def run_workers(folder: Path, workers: int, *arguments: object) -> list[Observed]:
     """What each worker has seen."""
     folder.mkdir()
-    with processes(worker_commands(folder, workers, *arguments)) as started:
-        for process in started:
-            finish(process)
+    replicas.run_processes(PROGRAM, worker_commands(folder, workers, *arguments))
     return [dict(np.load(folder / f"{index}.npz")) for index in range(workers)]
-
-
-@contextlib.contextmanager
-def processes(commands: Sequence[Sequence[str]]) -> Iterator[list[subprocess.Popen[str]]]:
-    """Runs this program with each of the arguments, all at once, and ends what is left of them."""
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, *command],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for command in commands
-    ]
-    try:
-        yield started
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
-
-
-def finish(process: subprocess.Popen[str], code: int = 0, limit: float = 280) -> str:
-    """Waits for the end of the process, and returns what it has printed."""
-    output, _ = process.communicate(timeout=limit)
-    assert process.returncode == code, output
-    return output
 
 
 if __name__ == "__main__":
