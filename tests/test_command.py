@@ -119,7 +119,9 @@ def test_convert_there_and_back(path, model, tmp_path, capsys):
 
 
 def test_fold_writes_a_folded_model(path, model, tmp_path, capsys):
-    status, out, _ = run(capsys, "fold", path, tmp_path / "folded.keras")
+    np.savez(tmp_path / "xy.npz", x=np.ones((2, 4), "float32"), y=np.zeros(2))
+    arguments = ["fold", path, tmp_path / "folded.keras", "--inputs", tmp_path / "xy.npz"]
+    status, out, _ = run(capsys, *arguments)
     assert status == 0
     assert "1 folded into what it follows, 1 multiply-add" in out
     folded = keras.models.load_model(tmp_path / "folded.keras")

@@ -94,6 +94,16 @@ def test_inputs_and_outputs_keep_their_names_and_keys(tmp_path):
         np.testing.assert_allclose(served[name], value, rtol=1e-5, atol=1e-5)
 
 
+def test_outputs_in_dicts_of_dicts_are_named_by_the_way_to_them(tmp_path):
+    x = keras.Input((3,), name="x")
+    ones, twos = keras.layers.Dense(1)(x), tfbn.BatchNormalization()(keras.layers.Dense(2)(x))
+    model = keras.Model(x, {"heads": {"b": ones, "a": twos}, "all": [x, ones]})
+    tfbn.export(model, tmp_path / "served")
+    served = serve(tmp_path / "served")(x=tf.ones((1, 3)))
+    shapes = {name: output.shape[1] for name, output in served.items()}
+    assert shapes == {"heads_b": 1, "heads_a": 2, "all_0": 3, "all_1": 1}
+
+
 class Subclassed(keras.Model):
     def __init__(self):
         super().__init__()
@@ -155,6 +165,12 @@ def test_what_cannot_be_exported(tmp_path, make, error, text):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("path", ["gs://bucket/model", Path("gs://bucket/model")])
+def test_a_url_is_no_local_path(path):
+    with pytest.raises(ValueError, match=r"only a local path allows.*Received: path=.*gs:"):
+        tfbn.export(trained(), path)
+
+
 def test_an_old_export_stays_unless_it_may_be_replaced(tmp_path):
     old, new = trained(), trained()
     path = tfbn.export(old, tmp_path / "served")
@@ -172,6 +188,9 @@ def test_something_else_is_never_replaced(tmp_path):
     with pytest.raises(FileExistsError, match=r"Something else than a SavedModel.*stays"):
         tfbn.export(trained(), tmp_path / "notes", overwrite=True)
     assert (tmp_path / "notes" / "a.txt").read_text() == "mine"
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match=r"Something else than a SavedModel.*stays"):
+        tfbn.export(trained(), tmp_path / "link", overwrite=True)
 
 
 # Faults: the old SavedModel is whole, and no half-written one is there
@@ -369,6 +388,15 @@ def test_one_that_is_being_written_is_left_alone(tmp_path):
         assert (first / "a").read_text() == "first"
         (tmp_path / "x" / "a").unlink()
     assert (tmp_path / "x" / "a").read_text() == "first"
+
+
+def test_what_another_name_left_behind_is_left_alone(tmp_path):
+    old = tmp_path / ".x.more.abcd.tmp" / "old"
+    old.mkdir(parents=True)
+    (old.parent / "lock").touch()
+    with _place.placed(tmp_path / "x", False, lambda _: False):
+        assert not (tmp_path / "x").exists()
+    assert old.exists()
 
 
 @pytest.mark.parametrize("folded", [True, False])

@@ -479,15 +479,28 @@ def test_the_report_needs_no_rich(monkeypatch):
 
 def test_a_model_that_comes_out_different_is_not_returned():
     with pytest.raises(
-        ValueError, match=r"gives other outputs .* Received: a difference of .*tolerance=-1"
+        ValueError, match=r"gives other outputs .* Received: a difference of .*tolerance=1e-12"
     ):
-        tfbn.fold(mixed(), tolerance=-1.0)
+        tfbn.fold(randomize(mixed()), tolerance=1e-12)
 
 
 def test_outputs_that_are_not_finite_cannot_be_compared():
     model = mixed()
     with pytest.raises(ValueError, match="not finite"):
         tfbn.fold(model, inputs=np.full((1, 8, 8, 4), np.inf, "float32"))
+
+
+@pytest.mark.parametrize("tolerance", [-1, float("nan"), "1e-4"])
+def test_a_tolerance_that_is_none_is_refused(tolerance):
+    model = keras.Model(x := keras.Input((4,)), Norm()(x))
+    with pytest.raises(ValueError, match=rf"at least 0. Received: {tolerance!r}"):
+        tfbn.fold(model, tolerance=tolerance)
+
+
+def test_no_examples_cannot_be_compared():
+    model = keras.Model(x := keras.Input((4,)), Norm()(x))
+    with pytest.raises(ValueError, match=r"outputs are empty.*Received: .*\(0, 4\)"):
+        tfbn.fold(model, np.zeros((0, 4), "float32"))
 
 
 def test_given_inputs_are_what_is_compared():

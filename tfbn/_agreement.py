@@ -1,5 +1,6 @@
 """Whether two models give the same outputs, and on what inputs to ask."""
 
+import numbers
 from typing import Any
 
 import keras
@@ -13,8 +14,20 @@ TOLERANCES = {"float16": 3e-2, "bfloat16": 2e-1}
 DEFAULT_TOLERANCE = 1e-4
 
 
-def default_tolerance(model: keras.layers.Layer) -> float:
-    """How far outputs may be apart, relative to the largest, for models that are the same but for rounding."""
+def tolerance_for(model: keras.layers.Layer, given: float | None) -> float:
+    """How far outputs may be apart, relative to the largest, for models that are the same but for rounding.
+
+    Args:
+        model: The model.
+        given: What the user says; None for what the precision of the model allows.
+
+    Raises:
+        ValueError: if what is given is no number of at least 0.
+    """
+    if given is not None:
+        if not (isinstance(given, numbers.Real) and given >= 0):
+            raise ValueError(f"`tolerance` must be a number, at least 0. Received: {given!r}.")
+        return given
     used = {layer.compute_dtype for layer in _walk(model, set())}
     return max([TOLERANCES[dtype] for dtype in used & set(TOLERANCES)] or [DEFAULT_TOLERANCE])
 
@@ -51,10 +64,15 @@ def difference(expected: Any, actual: Any) -> float:
     """The largest difference between outputs, each relative to the largest value expected of it.
 
     Raises:
-        ValueError: if an expected output is not finite.
+        ValueError: if an expected output is not finite, or nothing is expected.
     """
-    pairs = zip(keras.tree.flatten(expected), keras.tree.flatten(actual), strict=True)
-    return max(_difference(*map(_as_array, pair)) for pair in pairs)
+    outputs = [[_as_array(x) for x in keras.tree.flatten(nest)] for nest in (expected, actual)]
+    if not any(output.size for output in outputs[0]):
+        raise ValueError(
+            "The outputs are empty, so nothing can be compared: pass inputs with an example at least. "
+            f"Received: outputs of the shapes {[output.shape for output in outputs[0]]}."
+        )
+    return max(_difference(*pair) for pair in zip(*outputs, strict=True))
 
 
 def _as_array(value: Any) -> np.ndarray:

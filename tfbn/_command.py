@@ -14,6 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
+import tfbn
 from tfbn._convert import convert
 from tfbn._diagnose import diagnose
 from tfbn._export import export
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action="version", version=f"tfbn {tfbn.__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -123,7 +125,7 @@ def _add_check(sub: argparse.ArgumentParser) -> None:
         "--inputs",
         type=Path,
         metavar="FILE",
-        help="a .npy file to compare outputs on; by default random",
+        help="a .npy file, or a .npz file with an array x, to compare outputs on; by default random",
     )
     sub.add_argument(
         "--tolerance", type=float, metavar="T", help="of the largest output; by default 1e-4"
@@ -212,7 +214,8 @@ def _load(path: Path) -> keras.Model:
 
 
 def _array(path: Path | None) -> np.ndarray | None:
-    return None if path is None else _arrays(path)
+    arrays = None if path is None else _arrays(path)
+    return arrays[0] if isinstance(arrays, tuple) else arrays
 
 
 def _arrays(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def export(
 
     Raises:
         TypeError: if `model` is no Keras model.
-        ValueError: if the model is not built, or cannot be folded; see `tfbn.fold`.
+        ValueError: if the model is not built, or cannot be folded, see `tfbn.fold`; if `path` is a URL.
         FileExistsError: if something is at `path`, and `overwrite` is False or it is no SavedModel.
         OSError: if the disk is full, or the directory cannot be written.
         ExportError: (a `RuntimeError`) if the SavedModel gives other outputs than the model.
@@ -76,7 +77,12 @@ def export(
         raise TypeError(
             f"Only a Keras model can be exported. Received: model={model!r} of type {type(model).__name__}."
         )
-    path = Path(path)
+    if re.match(r"\w{2,}:/", str(path)):
+        raise ValueError(
+            "A SavedModel is moved to its place whole, which only a local path allows: export there and copy it. "
+            f"Received: path={path!r}."
+        )
+    path, tolerance = Path(path), _agreement.tolerance_for(model, tolerance)
     with placed(path, overwrite, is_ours=tf.saved_model.contains_saved_model) as folder:
         signature = signature_of(model)
         served = fold_model(model, inputs, tolerance=tolerance) if fold else model
@@ -86,8 +92,6 @@ def export(
         else:
             examples = [inputs]
         difference = max(_difference(model, signature, folder, example) for example in examples)
-        if tolerance is None:
-            tolerance = _agreement.default_tolerance(model)
         if not difference <= tolerance:
             raise ExportError(
                 "The SavedModel, loaded again, gives other outputs than the model, so it is not kept. "

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -55,7 +56,7 @@ def placed(path: Path, overwrite: bool, is_ours: Callable[[str], bool]) -> Itera
 
 
 def _require_free(path: Path, overwrite: bool, is_ours: Callable[[str], bool]) -> None:
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return
     if not is_ours(str(path)):
         raise FileExistsError(
@@ -91,7 +92,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _clean_up_after_killed(path: Path) -> None:
-    for hidden in path.parent.glob(f".{path.name}.*.tmp"):
+    name = re.compile(rf"\.{re.escape(path.name)}\.[^.]+\.tmp")  # Not of NAME.more.
+    for hidden in filter(lambda entry: name.fullmatch(entry.name), path.parent.iterdir()):
         try:
             descriptor = os.open(hidden / "lock", os.O_RDWR)
         except OSError:  # Just made, or just removed, by a process that lives.

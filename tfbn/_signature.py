@@ -28,6 +28,8 @@ class Signature(NamedTuple):
 def signature_of(model: keras.Model) -> Signature:
     """The signature of a model: the names are those of its input and output layers, or the keys of a dict.
 
+    Where a dict holds dicts or lists, a name is all keys and numbers on the way, as `boxes_0`.
+
     Raises:
         ValueError: if the model is not built, or has been called with several arguments.
     """
@@ -50,7 +52,8 @@ def signature_of(model: keras.Model) -> Signature:
         names = _numbered("input", keras.tree.flatten(given))
         made_names = _numbered("output", keras.tree.flatten(made))
     if isinstance(made, dict):
-        made_names = sorted(made)
+        paths = [path for path, _ in keras.tree.flatten_with_path(made)]
+        made_names = ["_".join(map(str, path)) for path in paths]
     inputs = _specs(names, keras.tree.flatten(given))
     structure = keras.tree.pack_sequence_as(given, inputs)
     return Signature(structure, inputs, _specs(made_names, keras.tree.flatten(made)))

@@ -50,7 +50,8 @@ def fold(model: keras.Model, inputs: Any = None, *, tolerance: float | None = No
     Raises:
         TypeError: if `model` is no Keras model.
         ValueError: if the model is not built; if its graph cannot be seen; if a layer cannot be made
-            again from its config; if outputs of the model are not finite.
+            again from its config; if outputs of the model are not finite, or there are none to
+            compare; if `tolerance` is no number of at least 0.
         FoldError: (a `ValueError`) if the outputs differ by more than the tolerance.
 
     Example:
@@ -62,13 +63,12 @@ def fold(model: keras.Model, inputs: Any = None, *, tolerance: float | None = No
         raise TypeError(
             f"Only a Keras model can be folded. Received: model={model!r} of type {type(model).__name__}."
         )
+    tolerance = _agreement.tolerance_for(model, tolerance)
     graph = traced(model)
     rows = fold_graph(graph)
     folded = assemble(graph, model)
     if inputs is None:
         inputs = _agreement.random_inputs(folded.input, batch_size=2)
-    if tolerance is None:
-        tolerance = _agreement.default_tolerance(model)
     expected = model(inputs, training=False)
     difference = _agreement.difference(expected, folded(inputs, training=False))
     folded.report = FoldReport(tuple(rows), difference, tolerance)
