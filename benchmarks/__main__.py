@@ -3,14 +3,18 @@ r"""Measures batch normalization layers against each other.
 Examples:
     python -m benchmarks                                # everything: some 20 minutes
     python -m benchmarks layers --quick                 # a first look
+    python -m benchmarks --minutes 9                    # a part of it; once more with --resume: the next
     python -m benchmarks layers --shapes 256x1024 --modes graph xla --phases train \
         --contenders keras tfbn my.module:MyLayer
 """
 
 import argparse
 import datetime
+import itertools
+import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measures, and writes JSON, Markdown and a picture to the directory ``options.output``."""
+    deadline = time.monotonic() + 60 * options.minutes
     threads = options.threads or _cores()
     settings = Settings(
         turns=3 if options.quick else 7,
@@ -38,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
         "date": datetime.date.today().isoformat(),
         "contenders": list(options.contenders),
         "settings": {"turns": settings.turns, "seconds": settings.seconds},
+        "results": [],
     }
     with Race(options.contenders, settings) as race:
         if not race.device:
@@ -45,22 +51,42 @@ def run(options: argparse.Namespace) -> None:
         chosen = selection(options, on_gpu=race.device["device"] == "gpu")
         with environment.variables(environment.of_workers(threads, settings.keep_memory)):
             found["environment"] = environment.described(threads) | race.device
-        for name, why in race.left_out.items():
-            print(f"left out: {name}: {why}", flush=True)
-        found["results"] = race.run(chosen, lambda result: print(line(result), flush=True))
         found["left_out"] = race.left_out
-    found["contenders"] = [n for n in options.contenders if n not in found["left_out"]]
-    name = found["environment"]["device"]
-    results.save(found, options.output / f"{name}.json")
-    found = results.load(options.output / f"{name}.json")  # All else is made from what is kept.
-    (options.output / f"{name}.md").write_text(tables.document(found))
+        name = found["environment"]["device"]
+        path = options.output / f"{name}.json"
+        if options.resume and path.exists():
+            found = results.resumed(results.load(path), found)
+        for contender, why in race.left_out.items():
+            print(f"left out: {contender}: {why}", flush=True)
+
+        def keep(result: dict[str, Any]) -> None:
+            print(line(result), flush=True)
+            found["results"].append(result)
+            results.save(found, path)  # What ends this process ends no results.
+
+        missing = [case for case in chosen if not results.has(found, cases.described(case))]
+        in_time = itertools.takewhile(lambda case: time.monotonic() < deadline, missing)
+        left = len(missing) - len(race.run(in_time, keep))
+        found["left_out"] |= race.left_out
+    found["contenders"] = [n for n in found["contenders"] if n not in found["left_out"]]
+    results.save(found, path)
+    found = results.load(path)  # All else is made from what is kept.
+    if found["results"]:
+        present(found, options.output / name)
+    if left:
+        print(f"{left} cases are left: the same command with --resume goes on")
+
+
+def present(found: dict[str, Any], path: Path) -> None:
+    """Writes Markdown and a picture beside the JSON, and prints the bars."""
+    path.with_suffix(".md").write_text(tables.document(found))
     try:
         from benchmarks import picture
     except ImportError as error:
         print(f"no picture: {error}. Install it: pip install '.[plots]'", file=sys.stderr)
     else:
-        picture.draw(found, options.output / f"{name}.png")
-    print(f"\n{bars.summary(found)}\n\nresults: {options.output}/{name}.json, .md, .png")
+        picture.draw(found, path.with_suffix(".png"))
+    print(f"\n{bars.summary(found)}\n\nresults: {path}.json, .md, .png")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -93,6 +119,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="whether the C library keeps freed memory, for every contender (default: keep)",
     )
     parser.add_argument("--quick", action="store_true", help="fewer turns: a first look")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="start no case after so many"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the results that are there, measure what they lack",
+    )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR")
     options = parser.parse_args(arguments)
     for shape in options.shapes or ():

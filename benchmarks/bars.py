@@ -64,6 +64,8 @@ def _layers_on_gpu(run: dict[str, Any]) -> Iterator[Bar]:
         yield from _against(run, "keras", "train", "xla", precision, least=1)
         yield from _against(run, "keras", "train", "eager", precision, least=1)
         yield from _against(run, "torch", "train", "graph", precision, mean=1)
+    for precision in ("bfloat16", "float16"):
+        yield from _against(run, "keras", "train", "graph", precision, least=1, key="peak_mb")
     yield from _against_floor(run, wanted=1.3)
 
 
@@ -76,11 +78,13 @@ def _against(
     *,
     mean: float | None = None,
     least: float | None = None,
+    key: str = "ms",
 ) -> Iterator[Bar]:
     results = select(run, suite="layers", phase=phase, mode=mode, precision=precision)
     shapes = SHAPES[run["environment"]["device"]]
-    found = {s: r for s, r in ratios(results, other, OURS).items() if s in shapes}
-    name = f"layers, {phase}, {mode}, {precision}: {other} / {OURS}"
+    found = {s: r for s, r in ratios(results, other, OURS, key).items() if s in shapes}
+    what = "memory " if key == "peak_mb" else ""
+    name = f"layers, {phase}, {mode}, {precision}: {what}{other} / {OURS}"
     if found and mean is not None:
         yield Bar(f"{name}, geometric mean", geometric_mean(found.values()), mean)
     if found and least is not None:

@@ -77,6 +77,11 @@ GPU_SHAPES = (
 MODELS = ("ResNet20", "MobileNetV2", "ResNet50")
 CPU_BATCHES = {"ResNet20": 128, "MobileNetV2": 32, "ResNet50": 16}
 GPU_BATCHES = {"ResNet20": 1024, "MobileNetV2": 256, "ResNet50": 256}
+# How wide and high the images are.
+SIZES = {
+    "cpu": {"ResNet20": 32, "MobileNetV2": 128, "ResNet50": 128},
+    "gpu": {"ResNet20": 32, "MobileNetV2": 224, "ResNet50": 224},
+}
 
 
 def parse_shape(text: str) -> tuple[tuple[int, ...], int]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from benchmarks import data
+from benchmarks import data, memory
 from benchmarks.cases import DEPTH, LayerCase
 from benchmarks.program import Program, some
 
@@ -77,6 +77,7 @@ def program(layer_class: type, library: Any, case: LayerCase) -> Program:
         parts=DEPTH,
         device=device(),
         trace_seconds=trace_seconds,
+        peak=memory.peak_on_gpu if device() == "gpu" else None,
     )
 
 

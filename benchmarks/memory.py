@@ -1,4 +1,4 @@
-"""How much memory a process takes at its peak, on Linux."""
+"""How much memory a process takes at its peak: of the machine, on Linux, or of a GPU."""
 
 import ctypes
 import gc
@@ -46,6 +46,15 @@ def peak(run: Callable[[], Any]) -> float | None:
             (M_TRIM_THRESHOLD, "MALLOC_TRIM_THRESHOLD_", 64 * MEGABYTE),
         ):
             c_library.mallopt(option, int(os.environ.get(variable, default)))
+
+
+def peak_on_gpu(run: Callable[[], Any]) -> float:
+    """Megabytes that TensorFlow has handed out on the first GPU at most while ``run`` runs."""
+    import tensorflow as tf  # Not every contender has it.
+
+    tf.config.experimental.reset_memory_stats("GPU:0")
+    run()
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"] / MEGABYTE
 
 
 def _status(field: str) -> float | None:

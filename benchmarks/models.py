@@ -8,12 +8,11 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks import memory
-from benchmarks.cases import ModelCase
+from benchmarks.cases import SIZES, ModelCase
 from benchmarks.keras_layers import device
 from benchmarks.program import Program
 
 CLASSES = 1000
-SIZES = {"ResNet20": 32, "MobileNetV2": 128, "ResNet50": 128}
 MOMENTUM = 0.9
 # Nothing is to be learned from noise, and a network without normalization would diverge: all the
 # arithmetic of a step is done, and every step is like the first.
@@ -24,7 +23,7 @@ def program(layer_class: Any, library: Any, case: ModelCase) -> Program:
     """One training step by SGD with momentum, or one inference, from a batch to the loss or the logits."""
     model, held_before = built(layer_class, library, case.subject, case.precision)
     random = np.random.default_rng(0)
-    size = SIZES[case.subject]
+    size = SIZES[device()][case.subject]
     images = tf.constant(random.uniform(-1, 1, (case.batch, size, size, 3)), tf.float32)
     labels = tf.constant(random.integers(0, CLASSES, case.batch))
     optimizer = library.optimizers.SGD(LEARNING_RATE, momentum=MOMENTUM)
@@ -56,9 +55,7 @@ def program(layer_class: Any, library: Any, case: ModelCase) -> Program:
 
     def peak(run: Any) -> float | None:
         if device() == "gpu":
-            tf.config.experimental.reset_memory_stats("GPU:0")
-            run()
-            return tf.config.experimental.get_memory_info("GPU:0")["peak"] / memory.MEGABYTE
+            return memory.peak_on_gpu(run)
         most = memory.peak(run)
         return None if most is None or held_before is None else most - held_before
 
@@ -82,7 +79,7 @@ def built(layer_class: Any, library: Any, name: str, precision: str) -> tuple[An
     held = memory.resident()
     policy = precision if precision == "float32" else f"mixed_{precision}"
     library.mixed_precision.set_global_policy(policy)
-    size = SIZES[name]
+    size = SIZES[device()][name]
     if name == "ResNet20":
         stock = _resnet20(library)
     else:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results, serving
+from benchmarks import cases, results, serving
 from benchmarks.bars import OURS
 from benchmarks.results import geometric_mean, ratios, select, value
 from benchmarks.tables import floor_multiples, kinds, setting, table
@@ -82,10 +82,12 @@ def _ratios(run: dict[str, Any]) -> str:
 
 def _models(run: dict[str, Any]) -> str:
     names = [name for name in ("keras", "tf_keras", OURS) if name in run["contenders"]]
+    sizes = cases.SIZES[run["environment"]["device"]]
     rows = []
     for phase, precision, mode in kinds(run, "models"):
         for r in select(run, suite="models", phase=phase, precision=precision, mode=mode):
-            what = f"{r['subject']}, batch {r['batch']}, {phase}, {mode}, {precision}"
+            images = f"{r['batch']} of {sizes[r['subject']]}×{sizes[r['subject']]}"
+            what = f"{r['subject']}, {images}, {phase}, {mode}, {precision}"
             entries = [f"{_number(value(r, n))} ({_number(value(r, n, 'peak_mb'))})" for n in names]
             rows.append([what, *entries, _number(ratios([r], "keras", OURS).get(r["subject"]))])
     if not rows:

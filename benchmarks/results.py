@@ -21,6 +21,36 @@ def by_network(path: Path) -> dict[str, dict[str, Any]]:
     return {r["network"]: r for r in load(path)["results"]} if path.exists() else {}
 
 
+def resumed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A run that begins with the results of an earlier one.
+
+    Raises:
+        ValueError: If they would not belong together: another machine, other versions, other settings.
+    """
+    for key in ("settings", "environment"):
+        there, here = before[key], json.loads(json.dumps(_rounded(now[key])))
+        different = {k: (there.get(k), v) for k, v in here.items() if there.get(k) != v}
+        different.pop(
+            "memory_gib", None
+        )  # A little less of it is free each time that a machine starts.
+        if different:
+            raise ValueError(
+                f"The results that are there were found in another way: {different}. "
+                "Choose another --output, or leave out --resume to begin anew."
+            )
+    names = dict.fromkeys([*before["contenders"], *now["contenders"]])
+    return now | {
+        "contenders": list(names),
+        "left_out": before["left_out"] | now["left_out"],
+        "results": before["results"],
+    }
+
+
+def has(run: dict[str, Any], case: dict[str, Any]) -> bool:
+    """Whether there is a result of this case, as JSON keeps it."""
+    return bool(select(run, **json.loads(json.dumps(case))))
+
+
 def select(run: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
     """The results whose case has these values."""
     return [r for r in run["results"] if all(r.get(key) == v for key, v in wanted.items())]

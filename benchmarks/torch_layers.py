@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import data
+from benchmarks import data, memory
 from benchmarks.cases import LayerCase
 from benchmarks.program import Program, some
 
@@ -65,12 +65,18 @@ def program(case: LayerCase) -> Program:
             )
         return {name: some(v.detach().float().cpu().numpy()) for name, v in found.items()}
 
+    def peak(run: Callable[[], Any]) -> float:
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() / memory.MEGABYTE
+
     return Program(
         step=train if case.phase == "train" else infer,
         wait=torch.cuda.synchronize if place.type == "cuda" else lambda: None,
         values=values,
         parts=len(layers),
         device="gpu" if place.type == "cuda" else "cpu",
+        peak=peak if place.type == "cuda" else None,
     )
 
 
