@@ -125,6 +125,21 @@ def test_a_subclassed_model_is_exported_as_it_is(tmp_path):
     np.testing.assert_allclose(output, model(x), rtol=1e-5, atol=1e-5)
 
 
+class OfDict(Subclassed):
+    def call(self, inputs, training=False):
+        return {"sum": super().call(inputs["a"] + inputs["dense"], training=training)}
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_subclassed_model_of_a_dict_is_served_by_its_keys(tmp_path, fold):
+    model = OfDict()
+    given = {"a": tf.random.normal((8, 3)), "dense": tf.ones((8, 3))}
+    model(given, training=True)
+    tfbn.export(model, tmp_path / "served", fold=fold)
+    served = serve(tmp_path / "served")(**given)
+    np.testing.assert_allclose(served["sum"], model(given)["sum"], rtol=1e-5, atol=1e-5)
+
+
 class Joined(keras.Model):
     def call(self, a, b):
         return a + b

@@ -67,6 +67,16 @@ def seen_inputs(model: keras.Model) -> Any:
     )
 
 
+def key_names(structure: Any) -> list[str]:
+    """Names for what a dict holds: its keys, and of what is nested in it all on the way, as `boxes_0`.
+
+    None at all for what is no dict.
+    """
+    if not isinstance(structure, dict):
+        return []
+    return ["_".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(structure)]
+
+
 def is_custom(layer: keras.layers.Layer) -> bool:
     """Whether this is of a class that does not come with Keras."""
     return not type(layer).__module__.startswith("keras.")

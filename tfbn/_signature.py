@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfbn._rebuild import functional_of, input_layer, is_functional, seen_inputs
+from tfbn._rebuild import functional_of, input_layer, is_functional, key_names, seen_inputs
 
 
 class Signature(NamedTuple):
@@ -37,7 +37,7 @@ def signature_of(model: keras.Model) -> Signature:
         model = functional_of(model)
     if is_functional(model):
         given, made = model.input, model.output
-        names = [input_layer(model, tensor).name for tensor in keras.tree.flatten(given)]
+        given_names = [input_layer(model, tensor).name for tensor in keras.tree.flatten(given)]
         made_names = model.output_names
     else:
         given = seen_inputs(model)
@@ -49,14 +49,12 @@ def signature_of(model: keras.Model) -> Signature:
                 f"take one argument for all inputs. Received: model '{model.name}' of class "
                 f"{type(model).__name__}, {type(error).__name__}: {str(error).strip().splitlines()[0]}"
             ) from error
-        names = _numbered("input", keras.tree.flatten(given))
+        given_names = _numbered("input", keras.tree.flatten(given))
         made_names = _numbered("output", keras.tree.flatten(made))
-    if isinstance(made, dict):
-        paths = [path for path, _ in keras.tree.flatten_with_path(made)]
-        made_names = ["_".join(map(str, path)) for path in paths]
-    inputs = _specs(names, keras.tree.flatten(given))
+    inputs = _specs(key_names(given) or given_names, keras.tree.flatten(given))
     structure = keras.tree.pack_sequence_as(given, inputs)
-    return Signature(structure, inputs, _specs(made_names, keras.tree.flatten(made)))
+    outputs = _specs(key_names(made) or made_names, keras.tree.flatten(made))
+    return Signature(structure, inputs, outputs)
 
 
 def _numbered(name: str, values: list[Any]) -> list[str]:

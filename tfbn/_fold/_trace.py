@@ -12,13 +12,14 @@ from typing import Any
 import keras
 
 from tfbn._fold._graph import Call, Graph, tensors
-from tfbn._models import CLASSES, _children, batch_norm_layers
+from tfbn._models import CLASSES, _children, _walk, batch_norm_layers
 from tfbn._rebuild import (
     Copies,
     functional_of,
     input_like,
     is_custom,
     is_functional,
+    key_names,
     seen_inputs,
     without_compilation,
 )
@@ -74,9 +75,7 @@ class _Tracer:
             )
         if isinstance(model, keras.Sequential):
             return functional_of(model)
-        inputs = keras.tree.map_structure(
-            lambda seen: keras.Input(batch_shape=seen.shape), seen_inputs(model)
-        )
+        inputs = _inputs_of(model)
         try:
             return self._followed(model, [inputs])
         except Exception as error:  # `call` is the user's own code.
@@ -122,6 +121,19 @@ class _Tracer:
         if any(layer.weights and id(layer) not in known for layer in model.layers):
             raise ValueError("it makes layers as it is called")
         return model
+
+
+def _inputs_of(model: keras.Model) -> Any:
+    """New inputs for a subclassed model; Keras wants those in a dict to have the names of their keys."""
+    seen = seen_inputs(model)
+    flat = keras.tree.flatten(seen)
+    taken = {layer.name for layer in _walk(model, set())}
+    keys = [None if key in taken else key for key in key_names(seen)]
+    inputs = [
+        keras.Input(batch_shape=tensor.shape, name=key)
+        for tensor, key in zip(flat, keys or [None] * len(flat), strict=True)
+    ]
+    return keras.tree.pack_sequence_as(seen, inputs)
 
 
 def _given(values: dict[int, Any], x: Any) -> Any:
