@@ -12,7 +12,7 @@ import tensorflow as tf
 
 import tfbn
 from tfbn import _xla
-from tfbn._normalize import SMALL
+from tfbn._normalize import SMALL, normalize
 
 FUSED = {"FusedBatchNormV3": 1}
 FUSED_WITH_RETRY = {"FusedBatchNormV3": 2}  # The second one runs only where the mean dominates.
@@ -63,6 +63,42 @@ def test_channels_last_is_fused(shape, dtype):
 def test_the_gradient_is_fused():
     assert trace(IMAGES, True, backward=True) == FUSED_WITH_RETRY | FUSED_BACK
     assert trace(IMAGES, False, backward=True) == FUSED | FUSED_BACK
+
+
+def test_layers_share_the_functions_that_run_the_kernel_again():
+    layers = [tfbn.BatchNormalization() for _ in range(3)]
+
+    @tf.function
+    def step(x):
+        for layer in layers:
+            x = layer(x, training=True)
+        return x
+
+    library = step.get_concrete_function(tf.TensorSpec(IMAGES)).graph.as_graph_def().library
+    assert len(library.function) == 2
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_tensorflow_joins_inference_to_the_convolution_before_it(small, monkeypatch):
+    monkeypatch.setattr("tfbn._normalize.SMALL", 10**9 if small else 0)
+    rng = np.random.default_rng(0)
+    image, kernel = rng.normal(size=IMAGES), rng.normal(size=(3, 3, 3, 3))
+    mean, variance, gamma, beta = rng.uniform(0.5, 2, (4, 3))
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        x = tf.compat.v1.placeholder("float32", IMAGES)
+        convolved = tf.nn.conv2d(x, tf.constant(kernel, tf.float32), 1, "SAME")
+        weights = [tf.constant(value, tf.float32) for value in (mean, variance, gamma, beta)]
+        y = tf.nn.relu(normalize(convolved, *weights, axes=(3,), epsilon=1e-3))
+        # What TensorFlow makes of a graph is shown by its sessions alone.
+        run = tf.compat.v1.RunMetadata()
+        options = tf.compat.v1.RunOptions(output_partition_graphs=True)
+        got = session.run(y, {x: image}, options, run)
+    operations = [node.op for graph in run.partition_graphs for node in graph.node]
+    assert any("FusedConv2D" in operation for operation in operations), operations
+    assert not [operation for operation in operations if "BatchNorm" in operation]
+    convolved = tf.nn.conv2d(image, kernel, 1, "SAME").numpy()  # in float64
+    expected = np.maximum((convolved - mean) / np.sqrt(variance + 1e-3) * gamma + beta, 0)
+    np.testing.assert_allclose(got, expected, atol=1e-5 * expected.max())
 
 
 def test_trailing_axes_are_fused():

@@ -9,6 +9,7 @@ float32, float16, bfloat16; channels last             fused (``_fused.py``)
 the same over replicas                                fused (``_synchronized.py``)
 channels elsewhere, on a CPU: training, and           fused, between two transpositions
 inference in half precision
+what a Conv2D gives in a graph, inference             fused, joined to it by TensorFlow
 a small tensor in a graph on a CPU                    formula, with a gradient written by hand
 float64, masks                                        formula, with a gradient written by hand
 under XLA                                             formula, differentiated by TensorFlow
@@ -159,7 +160,8 @@ def normalize(
             tf.transpose(x, to_last), mean, variance, gamma, beta, axes=last, epsilon=epsilon
         )
         return tf.transpose(y, back_again)
-    if not _fused_is_best(x, axes):
+    joined = _is_joined_to_convolution(x, axes)
+    if not joined and not _fused_is_best(x, axes):
         return _formula.inference(x, mean, variance, gamma, beta, axes=axes, epsilon=epsilon)
 
     def back(dy: tf.Tensor, x: tf.Tensor, *weights: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -168,8 +170,9 @@ def normalize(
         s = tf.math.rsqrt(variance + epsilon)
         return dx, -gamma * s * dbeta, -0.5 * gamma * tf.square(s) * dgamma, dgamma, dbeta
 
+    kernel = functools.partial(_fused.inference, epsilon=epsilon, as_it_stands=joined)
     return _differentiable(
-        lambda *inputs: (_fused.inference(*inputs, epsilon=epsilon), back),
+        lambda *inputs: (kernel(*inputs), back),
         functools.partial(_formula.second_inference_backward, axes=axes, epsilon=epsilon),
         x,
         mean,
@@ -195,6 +198,13 @@ def _fused_is_best_transposed(x: tf.Tensor, axes: Sequence[int]) -> bool:
     # The number of virtual batches, channels too, may be known only when the graph runs.
     known = all(x.shape[axis] is not None for axis in axes)
     return known and list(axes) != list(last) and not _on_gpu(x) and _fused_is_best(x, last)
+
+
+def _is_joined_to_convolution(x: tf.Tensor, axes: Sequence[int]) -> bool:
+    """Whether TensorFlow will make one operation of the convolution that ``x`` is from, and this."""
+    if tf.executing_eagerly() or _xla.compiling() or not _fused.serves(x, axes):
+        return False
+    return x.op.type == "Conv2D" and len(axes) == 1
 
 
 def _on_gpu(x: tf.Tensor) -> bool:
