@@ -31,8 +31,7 @@ BATCH = 256
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    with np.load(options.examples) as file:
-        inputs, expected = file["inputs"], file["outputs"]
+    inputs, expected = recorded(options.examples)
     models = {str(path): Served(path) for path in options.saved_models}
     milliseconds = latency(list(models.values()), inputs)
     reports = {
@@ -73,16 +72,34 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def recorded(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The inputs of the model, and its outputs as they were when it was exported."""
+    try:
+        with np.load(path) as file:
+            inputs, outputs = file["inputs"], file["outputs"]
+    except Exception as error:  # Whatever NumPy raises of a file that is none of its own.
+        sys.exit(f"serve: error: no file with arrays inputs and outputs. Received: {path}, {error}")
+    if not len(inputs) == len(outputs) > 0:
+        sys.exit(
+            "serve: error: inputs and outputs must be as many, and one at least. "
+            f"Received: {path}, {len(inputs)} and {len(outputs)}"
+        )
+    return inputs, outputs
+
+
 class Served:
     """From a batch of images to its predictions, by the signature that TensorFlow Serving would call."""
 
     def __init__(self, path: Path) -> None:
         self._loaded = tf.saved_model.load(str(path))  # Its variables live as long as it does.
         self._signature = self._loaded.signatures["serving_default"]
-        (self._name,) = self._signature.structured_input_signature[1]
+        names = self._signature.structured_input_signature[1]
+        if not len(names) == len(self._signature.structured_outputs) == 1:
+            sys.exit(f"serve: error: one input and one output are served. Received: {path}")
+        ((self._name, self._spec),) = names.items()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        (outputs,) = self._signature(**{self._name: tf.constant(images)}).values()
+        (outputs,) = self._signature(**{self._name: tf.cast(images, self._spec.dtype)}).values()
         return outputs.numpy()
 
 

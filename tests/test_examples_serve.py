@@ -77,7 +77,8 @@ def test_l7_statistics_of_the_batch_itself_are_found_out(exported, tmp_path):
 def test_predictions_that_are_not_those_of_the_model_are_found_out(exported, tmp_path):
     with np.load(exported / "served_examples.npz") as file:
         examples = dict(file)
-    np.savez(tmp_path / "other.npz", inputs=examples["inputs"], outputs=examples["outputs"] + 0.1)
+    inputs = examples["inputs"].astype("float64")  # The signature takes float32.
+    np.savez(tmp_path / "other.npz", inputs=inputs, outputs=examples["outputs"] + 0.1)
     done = serve(exported / "folded", "--examples", tmp_path / "other.npz")
     assert done.returncode == 1
     assert (
@@ -90,3 +91,11 @@ def test_a_place_without_a_saved_model_is_named():
     done = serve("nowhere")
     assert done.returncode == 2
     assert "no SavedModel is there. Received: nowhere." in done.stderr
+
+
+def test_examples_that_are_none_are_named(exported, tmp_path):
+    np.savez(tmp_path / "other.npz", inputs=np.ones((2, 6, 6, 2)), outputs=np.ones((1, 3)))
+    done = serve(exported / "folded", "--examples", tmp_path / "other.npz")
+    assert done.returncode == 1
+    assert "must be as many, and one at least. Received" in done.stderr
+    assert "2 and 1" in done.stderr
