@@ -484,6 +484,14 @@ def test_a_model_that_comes_out_different_is_not_returned():
         tfbn.fold(randomize(mixed()), tolerance=1e-12)
 
 
+def test_a_model_of_random_outputs_is_told_from_one_that_comes_out_different():
+    x = image()
+    noisy = layers.Lambda(lambda t: t + keras.random.normal((8, 8, 4)))(Norm()(x))
+    with pytest.raises(ValueError, match=r"Two calls of the model itself are .* apart.*'inf'"):
+        tfbn.fold(keras.Model(x, noisy))
+    assert tfbn.fold(keras.Model(x, noisy), tolerance=float("inf")).report.rows
+
+
 def test_outputs_that_are_not_finite_cannot_be_compared():
     model = mixed()
     with pytest.raises(ValueError, match="not finite"):

@@ -75,6 +75,20 @@ def difference(expected: Any, actual: Any) -> float:
     return max(_difference(*pair) for pair in zip(*outputs, strict=True))
 
 
+def advice(model: keras.Model, inputs: Any, tolerance: float) -> str:
+    """What to do where another model gave other outputs than this one."""
+    apart = difference(*(model(inputs, training=False) for _ in range(2)))
+    if apart > tolerance:
+        return (
+            f"Two calls of the model itself are {apart:.2g} apart: its outputs are random. Take the randomness out of "
+            "it, or pass tolerance=float('inf') to compare nothing."
+        )
+    return (
+        "Pass a larger tolerance if the model computes in low precision or its outputs are very small on "
+        "random inputs; or pass inputs like those of your data."
+    )
+
+
 def _as_array(value: Any) -> np.ndarray:
     return np.asarray(tf.cast(value, tf.float64))
 

@@ -96,7 +96,7 @@ def export(
             raise ExportError(
                 "The SavedModel, loaded again, gives other outputs than the model, so it is not kept. "
                 f"Received: a difference of {difference:.2g} of the largest output, "
-                f"tolerance={tolerance:.2g}. Pass inputs like those of your data, or a larger tolerance."
+                f"tolerance={tolerance:.2g}. {_agreement.advice(model, examples[0], tolerance)}"
             )
         report = served.report if fold else None
         card = _model_card.text(model, signature, SIGNATURE, difference, report)

@@ -76,7 +76,6 @@ def fold(model: keras.Model, inputs: Any = None, *, tolerance: float | None = No
         raise FoldError(
             "The folded model gives other outputs than the model, so it is not returned. "
             f"Received: a difference of {difference:.2g} of the largest output, tolerance={tolerance:.2g}. "
-            "Pass a larger tolerance if the model computes in low precision or its outputs are very small on "
-            "random inputs; or pass inputs."
+            + _agreement.advice(model, inputs, tolerance)
         )
     return folded
