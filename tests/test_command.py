@@ -283,6 +283,13 @@ def test_help(command, capsys):
     assert command or "examples:" in out
 
 
+def test_it_says_its_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"tfbn {tfbn.__version__}\n"
+
+
 def test_it_is_a_module_to_run(path):
     done = subprocess.run(
         [sys.executable, "-m", "tfbn", "inspect", str(path), "--json"],
