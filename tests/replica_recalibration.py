@@ -120,9 +120,9 @@ def values(number: int, channels: int) -> np.ndarray:
 LAWS: dict[str, Callable[[Any], None]] = {
     law.__name__: law
     for law in (
+        no_graph_outlives_it,  # first: graphs of the others would go while it counts
         statistics_are_those_of_all_data,
         parts_of_every_kind_are_shared_out,
-        no_graph_outlives_it,
     )
 }
 

@@ -91,6 +91,7 @@ def reference(case: Case) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     return tuple(map(tf.constant, (batch.x, batch.dy, start["gamma"], start["beta"])))
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES, ids=without_mode)
 @pytest.mark.usefixtures("device")
@@ -183,6 +184,7 @@ def test_third_order(case):
     assert error(array(got), array(expected)) <= 1e-4  # float32, through three derivatives
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_gradient_penalty_trains(dtype, mode):
@@ -222,6 +224,7 @@ def test_gradient_penalty_trains(dtype, mode):
     assert penalties[-1] < 0.3 * penalties[0], penalties
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 @pytest.mark.parametrize(

@@ -109,13 +109,15 @@ def batches(sizes: list[int], images: np.ndarray = IMAGES):
 
 CUTS = {
     "one by one": [1] * 134,
-    "sevens": [7] * 19 + [1],
     "64": [64, 64, 6],
     "unequal": [3, 50, 1, 64, 16],
 }
 
 
-@pytest.mark.parametrize(("kind", "cut"), [("stock", cut) for cut in CUTS] + [("ours", "unequal")])
+@pytest.mark.no_cover
+@pytest.mark.parametrize(
+    ("kind", "cut"), [("stock", "one by one"), ("stock", "64"), ("ours", "unequal")]
+)
 def test_population_statistics_are_those_of_one_training_step_on_everything(kind, cut, truth):
     model = network(BOTH[kind])
     randomize(model)
@@ -143,6 +145,7 @@ def chain(norm=tfbn.BatchNormalization) -> keras.Model:
     )
 
 
+@pytest.mark.no_cover
 @hypothesis.settings(max_examples=12)
 @hypothesis.given(
     sizes=st.lists(st.integers(1, 20), min_size=2, max_size=8).filter(lambda s: sum(s) > 4),

@@ -180,6 +180,7 @@ def test_a_shard_that_is_not_finite_moves_nothing_on_any_replica(case, setting, 
             np.testing.assert_array_equal(each, value, err_msg=name)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("workers", [2, 3])
 def test_fifty_steps_of_workers_are_those_of_one_device(workers, observed):
     assert_trained(observed("workers", workers), workers)

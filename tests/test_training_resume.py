@@ -117,6 +117,7 @@ def assert_same(seen: tuple[list[np.ndarray], dict], wanted: tuple[list[np.ndarr
     assert seen[1] == wanted[1]
 
 
+@pytest.mark.no_cover
 def test_a_run_killed_by_sigkill_twice_ends_as_if_nothing_had_happened(tmp_path):
     """In the middle of an epoch and of a group, and between two epochs; arrays shuffled by default."""
     kill_at = [(1, 3), (2, None)]
@@ -175,6 +176,7 @@ KINDS = {
 }
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("kind", KINDS)
 def test_data_of_every_kind_is_taken_up_where_it_was_left(kind, tmp_path):
     make, save_freq, fit = KINDS[kind]
