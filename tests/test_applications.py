@@ -35,7 +35,8 @@ def test_what_folding_changes_is_rounding(name):
 
 def test_no_network_is_missing():
     assert RUN["not_run"] == []
-    assert set(RESULTS) >= set(applications.names())
+    if keras.__version__ == RUN["versions"]["Keras"]:  # Another one may have others.
+        assert sorted(RESULTS) == applications.names()
 
 
 @pytest.mark.parametrize("name", ["MobileNetV2", "ResNet50V2"])
