@@ -117,6 +117,10 @@ def test_virtual_batches_of_unknown_number_take_the_formula():
     assert trace((None, *IMAGES[1:]), True, virtual_batch_size=2) == FORMULA
 
 
+def test_virtual_batches_of_unknown_number_take_the_formula_between_transpositions_too():
+    assert trace((None, 2, 3, 2, 3), True, axis=[1, 3], virtual_batch_size=2) == FORMULA
+
+
 @pytest.mark.parametrize("dtype", ["float32", "mixed_float16", "mixed_bfloat16"])
 def test_inference_transposes_what_it_would_have_to_copy(dtype):
     expected = FORMULA if dtype == "float32" else FUSED

@@ -1,7 +1,8 @@
 """Batch normalization by TensorFlow's fused kernel, ``FusedBatchNormV3`` and its gradient.
 
 The kernel takes float32, float16 and bfloat16 activations with float32 parameters, channels last,
-no mask. It reads half-precision activations as they are, without a float32 copy.
+no mask; to train on a GPU, channels on axis 1, too. It reads half-precision activations as they
+are, without a float32 copy.
 
 On a CPU the input is handed over as (positions, 1, 1, channels) or, for training, as (rows,
 positions, 1, channels): the views cost nothing, and the kernel's time depends on them. The first
@@ -13,6 +14,12 @@ In inference the output of a two-dimensional convolution is handed over as it st
 graph optimizer then joins convolution, normalization and activation (in half precision, the latter
 two) in one operation, which it does not across a view. An inference of MobileNetV2 took 40 ms
 instead of 48 (Keras 49), in bfloat16 51 instead of 65 (Keras 71).
+
+On a GPU the kernel is cuDNN's, which refuses many examples (pytorch#19911) but not many positions:
+it gets images as they stand, which TensorFlow joins to an activation that follows, all else as
+(1, positions, 1, channels), or (examples, channels, positions, 1) as NCHW. In NCHW it is
+for training alone: a SavedModel that it stands in would not run on a CPU, the kernel knows no
+gradient of inference there, and more than 65,535 examples fail.
 """
 
 import functools
@@ -22,7 +29,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfbn._moments import Moments, count
-from tfbn._views import like
+from tfbn._views import known, like, merged
 
 DTYPES = (tf.float32, tf.float16, tf.bfloat16)
 
@@ -36,6 +43,21 @@ _MEAN_ERROR = 1e-7
 _MEAN_ERROR_PER_EXAMPLE = 1.1e-10
 
 _SHORT_ROW = 2**14  # values
+_MOST_EXAMPLES = 880_801  # More cuDNN refuses to train on in NCHW.
+
+
+class Setting(NamedTuple):
+    """Over what a channel is normalized, and where.
+
+    Attributes:
+        axes: The channel axes, ascending and non-negative.
+        epsilon: Added to the variance.
+        on_gpu: Whether the kernel is cuDNN's.
+    """
+
+    axes: Sequence[int]
+    epsilon: float
+    on_gpu: bool
 
 
 class Saved(NamedTuple):
@@ -45,10 +67,21 @@ class Saved(NamedTuple):
     reserve: tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 
 
-def serves(x: tf.Tensor, axes: Sequence[int]) -> bool:
-    """Whether the kernel can take ``x``: its dtype, and channels that are the last axes."""
-    rank = x.shape.rank
-    return x.dtype in DTYPES and list(axes) == list(range(rank - len(axes), rank))
+def serves(x: tf.Tensor, axes: Sequence[int], *, nchw: bool = False) -> bool:
+    """Whether the kernel can take ``x``: its dtype, and channels of a known number that are the last axes.
+
+    Args:
+        x: Tensor of known rank.
+        axes: Its channel axes, ascending.
+        nchw: Whether the channels may be other axes in a row, too.
+    """
+    in_a_row = list(axes) == list(range(axes[0], axes[0] + len(axes)))
+    if x.dtype not in DTYPES or not in_a_row or not known(x, axes):
+        return False
+    if _data_format(x, axes) == "NHWC":
+        return True
+    examples = x.shape[: axes[0]].num_elements()
+    return nchw and (examples is None or examples <= _MOST_EXAMPLES)
 
 
 def forward(
@@ -56,16 +89,17 @@ def forward(
     gamma: tf.Tensor,
     beta: tf.Tensor,
     *,
-    epsilon: float,
-    on_gpu: bool,
+    setting: Setting,
 ) -> tuple[tf.Tensor, Moments, Saved]:
     """Normalizes ``x`` by its own moments. Returns the output, the moments and what to save."""
-    flat = _flat(x, gamma) if on_gpu else _rows(x, gamma)
+    axes, epsilon, on_gpu = setting
+    flat = _flat(x, setting) if on_gpu else _rows(x, setting)
+    data_format = _data_format(x, axes)
     scale, offset = _vector(gamma), _vector(beta)
-    n = count(flat, [3])
-    perhaps_empty = flat.shape[0] in (None, 0)
+    n = count(flat, [data_format.index("C")])
+    perhaps_empty = flat.shape.num_elements() in (None, 0)
 
-    y, mean, unbiased, *reserve = _kernel(flat, scale, offset, epsilon)
+    y, mean, unbiased, *reserve = _kernel(flat, scale, offset, epsilon, data_format)
     if on_gpu:  # cuDNN's reserve is its own; one value has no unbiased variance (0/0 there).
         variance = tf.math.multiply_no_nan(unbiased, tf.math.divide_no_nan(n - 1, n))
     else:  # cuDNN is accurate, and a decision by value would stop the GPU's queue.
@@ -89,10 +123,10 @@ def backward(
     gamma: tf.Tensor,
     beta: tf.Tensor,
     *,
-    epsilon: float,
+    setting: Setting,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """The gradients with respect to x, gamma and beta."""
-    return _gradient(dy, x, saved.x, gamma, saved.reserve, epsilon, is_training=True)
+    return _gradient(dy, x, saved.x, gamma, saved.reserve, setting, is_training=True)
 
 
 def inference(
@@ -102,17 +136,17 @@ def inference(
     gamma: tf.Tensor,
     beta: tf.Tensor,
     *,
-    epsilon: float,
+    setting: Setting,
     as_it_stands: bool = False,
 ) -> tf.Tensor:
     """Normalizes ``x`` by the given statistics; an ``x`` of four axes, if wanted, not as a view."""
     y, *_ = tf.raw_ops.FusedBatchNormV3(
-        x=x if as_it_stands else _flat(x, gamma),
+        x=x if as_it_stands else _flat(x, setting),
         scale=_vector(gamma),
         offset=_vector(beta),
         mean=_vector(mean),
         variance=_vector(variance),
-        epsilon=epsilon,
+        epsilon=setting.epsilon,
         is_training=False,
     )
     return like(y, x)
@@ -125,11 +159,11 @@ def inference_backward(
     variance: tf.Tensor,
     gamma: tf.Tensor,
     *,
-    epsilon: float,
+    setting: Setting,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """The gradients with respect to x, gamma and beta, with the statistics held constant."""
     reserve = (_vector(mean), _vector(variance), tf.zeros([0]))
-    return _gradient(dy, x, _flat(x, gamma), gamma, reserve, epsilon, is_training=False)
+    return _gradient(dy, x, _flat(x, setting), gamma, reserve, setting, is_training=False)
 
 
 def _gradient(
@@ -138,7 +172,7 @@ def _gradient(
     seen: tf.Tensor,
     gamma: tf.Tensor,
     reserve: tuple[tf.Tensor, tf.Tensor, tf.Tensor],
-    epsilon: float,
+    setting: Setting,
     is_training: bool,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     dx, dgamma, dbeta, *_ = tf.raw_ops.FusedBatchNormGradV3(
@@ -148,7 +182,8 @@ def _gradient(
         reserve_space_1=reserve[0],
         reserve_space_2=reserve[1],
         reserve_space_3=reserve[2],
-        epsilon=epsilon,
+        epsilon=setting.epsilon,
+        data_format=_data_format(x, setting.axes),
         is_training=is_training,
     )
     return like(dx, x), like(dgamma, gamma), like(dbeta, gamma)
@@ -167,7 +202,7 @@ def _mean_dominates(
 
 
 def _kernel(
-    x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float
+    x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float, data_format: str = "NHWC"
 ) -> tuple[tf.Tensor, ...]:
     """Output, mean, unbiased variance, and three tensors for the backward pass."""
     nothing = tf.zeros([0])
@@ -178,6 +213,7 @@ def _kernel(
         mean=nothing,
         variance=nothing,
         epsilon=epsilon,
+        data_format=data_format,
         is_training=True,
     )
 
@@ -244,15 +280,26 @@ def _branches(dtype: tf.DType, epsilon: float) -> tuple[Any, Any]:
         )
 
 
-def _flat(x: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
-    return tf.reshape(x, [-1, 1, 1, gamma.shape.num_elements()])
+def _data_format(x: tf.Tensor, axes: Sequence[int]) -> str:
+    return "NHWC" if axes[-1] == x.shape.rank - 1 else "NCHW"
 
 
-def _rows(x: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
-    along_row = x.shape.rank - gamma.shape.rank - 1
-    length, channels = x.shape[along_row], gamma.shape.num_elements()
+def _flat(x: tf.Tensor, setting: Setting) -> tf.Tensor:
+    axes, _, on_gpu = setting
+    if _data_format(x, axes) == "NCHW":
+        examples_channels_positions, *_ = merged(x, axes)
+        return examples_channels_positions[..., tf.newaxis]
+    if on_gpu and x.shape.rank == 4 and len(axes) == 1:
+        return x
+    channels = x.shape[axes[0] :].num_elements()
+    return tf.reshape(x, [1, -1, 1, channels] if on_gpu else [-1, 1, 1, channels])
+
+
+def _rows(x: tf.Tensor, setting: Setting) -> tf.Tensor:
+    along_row = setting.axes[0] - 1
+    length, channels = x.shape[along_row], x.shape[along_row + 1 :].num_elements()
     if along_row == 0 or not length or length * channels > _SHORT_ROW:
-        return _flat(x, gamma)
+        return _flat(x, setting)
     return tf.reshape(x, [-1, length, 1, channels])
 
 

@@ -7,9 +7,10 @@ case                                                  kernel
 ====================================================  ==============================================
 float32, float16, bfloat16; channels last             fused (``_fused.py``)
 the same over replicas                                fused (``_synchronized.py``)
+channels elsewhere in a row, on a GPU: training       fused, as NCHW
 channels elsewhere, on a CPU: training, and           fused, between two transpositions
 inference in half precision
-what a Conv2D gives in a graph, inference             fused, joined to it by TensorFlow
+what a Conv2D gives in a graph on a CPU, inference    fused, joined to it by TensorFlow
 a small tensor in a graph on a CPU                    formula, with a gradient written by hand
 float64, masks                                        formula, with a gradient written by hand
 under XLA                                             formula, differentiated by TensorFlow
@@ -106,12 +107,15 @@ def normalize_batch(
             synchronized=synchronized,
         )
         return tf.transpose(y, back_again), batch
-    if mask is None and _fused_is_best(x, axes):
+    on_gpu = _on_gpu()
+    # Over replicas the kernel of inference runs, too.
+    if mask is None and _fused_is_best(x, axes, nchw=on_gpu and not synchronized):
         kernel = _synchronized if synchronized else _fused
+        here = _fused.Setting(axes, epsilon, on_gpu)
         setting = _formula.Setting(axes, epsilon, synchronized=synchronized)
         return _by_kernel(
-            functools.partial(kernel.forward, epsilon=epsilon, on_gpu=_on_gpu(x)),
-            functools.partial(kernel.backward, epsilon=epsilon),
+            functools.partial(kernel.forward, setting=here),
+            functools.partial(kernel.backward, setting=here),
             functools.partial(_formula.second_backward, setting=setting),
             x,
             gamma,
@@ -163,14 +167,15 @@ def normalize(
     joined = _is_joined_to_convolution(x, axes)
     if not joined and not _fused_is_best(x, axes):
         return _formula.inference(x, mean, variance, gamma, beta, axes=axes, epsilon=epsilon)
+    here = _fused.Setting(axes, epsilon, _on_gpu())
 
     def back(dy: tf.Tensor, x: tf.Tensor, *weights: tf.Tensor) -> tuple[tf.Tensor, ...]:
         mean, variance, gamma, _ = weights
-        dx, dgamma, dbeta = _fused.inference_backward(dy, x, mean, variance, gamma, epsilon=epsilon)
+        dx, dgamma, dbeta = _fused.inference_backward(dy, x, mean, variance, gamma, setting=here)
         s = tf.math.rsqrt(variance + epsilon)
         return dx, -gamma * s * dbeta, -0.5 * gamma * tf.square(s) * dgamma, dgamma, dbeta
 
-    kernel = functools.partial(_fused.inference, epsilon=epsilon, as_it_stands=joined)
+    kernel = functools.partial(_fused.inference, setting=here, as_it_stands=joined)
     return _differentiable(
         lambda *inputs: (kernel(*inputs), back),
         functools.partial(_formula.second_inference_backward, axes=axes, epsilon=epsilon),
@@ -182,34 +187,47 @@ def normalize(
     )
 
 
-def _fused_is_best(x: tf.Tensor, axes: Sequence[int]) -> bool:
-    if not _fused.serves(x, axes) or _xla.compiling():
+def _fused_is_best(x: tf.Tensor, axes: Sequence[int], *, nchw: bool = False) -> bool:
+    return _fused.serves(x, axes, nchw=nchw) and _kernel_pays(x)
+
+
+def _fused_is_best_transposed(x: tf.Tensor, axes: Sequence[int]) -> bool:
+    """Whether to bring the channels to the end and back again, so that the fused kernel serves."""
+    last = _views.channels_last(x.shape.rank, axes)[2]
+    elsewhere = list(axes) != list(last) and _views.known(x, axes) and not _on_gpu()
+    return elsewhere and x.dtype in _fused.DTYPES and _kernel_pays(x)
+
+
+def _kernel_pays(x: tf.Tensor) -> bool:
+    if _xla.compiling():
         return False
-    if tf.executing_eagerly() or _on_gpu(x):  # There each operation of the formula has its price.
+    if tf.executing_eagerly() or _on_gpu():  # There each operation of the formula has its price.
         return True
     batch = _TYPICAL_BATCH if x.shape[0] is None else x.shape[0]
     size = tf.TensorShape([batch, *x.shape[1:]]).num_elements()
     return size is None or size > SMALL
 
 
-def _fused_is_best_transposed(x: tf.Tensor, axes: Sequence[int]) -> bool:
-    """Whether to bring the channels to the end and back again, so that the fused kernel serves."""
-    last = _views.channels_last(x.shape.rank, axes)[2]
-    # The number of virtual batches, channels too, may be known only when the graph runs.
-    known = all(x.shape[axis] is not None for axis in axes)
-    return known and list(axes) != list(last) and not _on_gpu(x) and _fused_is_best(x, last)
-
-
 def _is_joined_to_convolution(x: tf.Tensor, axes: Sequence[int]) -> bool:
     """Whether TensorFlow will make one operation of the convolution that ``x`` is from, and this."""
     if tf.executing_eagerly() or _xla.compiling() or not _fused.serves(x, axes):
         return False
-    return x.op.type == "Conv2D" and len(axes) == 1
+    return x.op.type == "Conv2D" and len(axes) == 1 and not _on_gpu()
 
 
-def _on_gpu(x: tf.Tensor) -> bool:
-    """Where ``x`` will be: its device, or, while a graph has placed nothing yet, the best there is."""
-    return "GPU" in x.device if x.device else bool(tf.config.list_logical_devices("GPU"))
+def _on_gpu() -> bool:
+    """Whether operations run on a GPU here, if they can. Where their inputs are says nothing of it."""
+    if not tf.config.list_logical_devices("GPU"):
+        return False
+    device = _here()
+    if not device:  # In a function, which runs where it is traced.
+        with tf.init_scope():
+            device = _here()
+    return "CPU" not in device
+
+
+def _here() -> str:
+    return tf.fill([], 0.0).device
 
 
 def _by_kernel(

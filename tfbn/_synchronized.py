@@ -31,20 +31,18 @@ def forward(
     gamma: tf.Tensor,
     beta: tf.Tensor,
     *,
-    epsilon: float,
-    on_gpu: bool,
+    setting: _fused.Setting,
 ) -> tuple[tf.Tensor, Moments, Saved]:
     """Normalizes ``x`` by the moments of all replicas. Returns the output, the moments and what to save."""
     seen, shift = x, tf.zeros_like(gamma)
     if x.dtype == gamma.dtype:
         # The moments are to be those of values near 0. In half precision, x has lost those digits.
-        rank = x.shape.rank
-        shift = typical(x, range(rank - gamma.shape.rank, rank))
+        shift = typical(x, setting.axes)
         seen = x - shift
-    _, own, _ = _fused.forward(seen, gamma, beta, epsilon=epsilon, on_gpu=on_gpu)
+    _, own, _ = _fused.forward(seen, gamma, beta, setting=setting)
     common, relative = _replicas.joined(shift, own)
     moments = relative._replace(mean=(common - shift) + relative.mean)
-    y = _fused.inference(seen, *moments[1:], gamma, beta, epsilon=epsilon)
+    y = _fused.inference(seen, *moments[1:], gamma, beta, setting=setting)
     return y, relative._replace(mean=common + relative.mean), Saved(seen, moments)
 
 
@@ -55,14 +53,14 @@ def backward(
     gamma: tf.Tensor,
     beta: tf.Tensor,
     *,
-    epsilon: float,
+    setting: _fused.Setting,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """The gradients with respect to x, gamma and beta; of the latter two this replica's share."""
     seen, (n, mean, variance) = saved
-    dx, dgamma, dbeta = _fused.inference_backward(dy, seen, mean, variance, gamma, epsilon=epsilon)
+    dx, dgamma, dbeta = _fused.inference_backward(dy, seen, mean, variance, gamma, setting=setting)
     total_dgamma, total_dbeta = _replicas.summed([dgamma, dbeta])
-    weight = -tf.math.divide_no_nan(gamma * tf.math.rsqrt(variance + epsilon), n)
+    weight = -tf.math.divide_no_nan(gamma * tf.math.rsqrt(variance + setting.epsilon), n)
     through_statistics = _fused.inference(
-        seen, mean, variance, weight * total_dgamma, weight * total_dbeta, epsilon=epsilon
+        seen, mean, variance, weight * total_dgamma, weight * total_dbeta, setting=setting
     )
     return dx + through_statistics, dgamma, dbeta

@@ -50,6 +50,11 @@ def with_shape(x: tf.Tensor, shape: Sequence[int | None] | tf.TensorShape) -> tf
     return x
 
 
+def known(x: tf.Tensor, axes: Sequence[int]) -> bool:
+    """Whether the sizes of the axes are known. The number of virtual batches, channels too, may not be."""
+    return all(x.shape[axis] is not None for axis in axes)
+
+
 def interleaved(x: tf.Tensor, axes: Sequence[int]) -> bool:
     """Whether per-channel values cannot be broadcast against ``x`` as it stands.
 
