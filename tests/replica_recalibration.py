@@ -105,6 +105,8 @@ def no_graph_outlives_it(strategy: Any) -> None:
     wide = 600  # for the fused kernel
     with strategy.scope():
         model = keras.Sequential([keras.Input((wide,)), tfbn.BatchNormalization()])
+    # The functions that run the kernel are kept: all layers share them.
+    tfbn.recalibrate(model, values(5, wide), upstream="batch")
     for tool, upstream in itertools.product(
         (tfbn.recalibrate, tfbn.diagnose), ("population", "batch")
     ):
