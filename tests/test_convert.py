@@ -279,11 +279,10 @@ def test_layers_can_be_synchronized_and_not():
     ("layer", "data", "inputs"),
     [
         (layers.StringLookup(output_mode="one_hot"), ["red", "red", "blue"], ["red", "grey"]),
-        (layers.StringLookup(output_mode="tf_idf"), [["red", "red"], ["blue", "red"]], ["blue"]),
         (layers.Discretization(num_bins=3, output_mode="one_hot"), [1.0, 2.0, 5.0], [1.0, 4.0]),
         (layers.Normalization(axis=-1), [[1.0], [2.0], [9.0]], [3.0, 4.0]),
     ],
-    ids=["lookup", "frequencies", "bins", "normalization"],
+    ids=["lookup", "bins", "normalization"],
 )
 def test_what_layers_have_adapted_to_moves_along(layer, data, inputs):
     layer.adapt(np.array(data))
