@@ -26,7 +26,8 @@ class Formula(tfbn.BatchNormalization):
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         never = mock.Mock(return_value=False)
-        with mock.patch.multiple(_normalize, _fused_is_best=never, _fused_is_best_transposed=never):
+        choices = ("_fused_is_best", "_fused_is_best_transposed", "_is_joined_to_convolution")
+        with mock.patch.multiple(_normalize, **dict.fromkeys(choices, never)):
             return super().call(inputs, training=training, mask=mask)
 
 

@@ -42,6 +42,7 @@ class Case:
     dtype: str = "float32"
     mask: str = "none"  # or "leading": no value of the channel axis; or "full"
     offset: float = 0.0
+    slope: float = 0.0  # the mean of what comes from above in the backward pass
     mode: str = "graph"
     stock: bool = False  # Keras's layer
     spoiled: int | None = None  # the replica whose batch is not finite
@@ -78,7 +79,9 @@ def shards(case: Case, step: int) -> list[Shard]:
             "full": rng.random(shape) < 0.7,
         }[case.mask]
         found.append(
-            Shard(rounded(x, case.dtype), rounded(rng.normal(0, 1, shape), case.dtype), mask)
+            Shard(
+                rounded(x, case.dtype), rounded(rng.normal(case.slope, 1, shape), case.dtype), mask
+            )
         )
     return found
 
@@ -111,6 +114,7 @@ CASES = [
     Case("float64", (3, 2), SYNCHRONIZED, dtype="float64"),
     Case("float16", (3, 2), SYNCHRONIZED, dtype="float16"),
     Case("bfloat16", (3, 2), SYNCHRONIZED | {"axis": 1}, (3, 2), dtype="bfloat16"),
+    Case("slope", (5, 2), SYNCHRONIZED, (4, 3), dtype="bfloat16", slope=10.0),
     Case("renorm", (5, 2), SYNCHRONIZED | {"renorm": True}),
     Case("cumulative", (5, 2), SYNCHRONIZED | {"momentum": None}),
     Case("plain", (5, 2), SYNCHRONIZED | {"center": False, "scale": False}),

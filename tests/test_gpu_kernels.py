@@ -14,8 +14,10 @@ import cudnn
 import tfbn
 from cases import LAYOUTS, Case
 from harness import assert_agree, assign, expect, observe
+from tfbn import _normalize
 from tfbn._normalize import normalize_batch
 
+ON_GPU = _normalize._on_gpu
 FUSED, FUSED_BACK = tf.raw_ops.FusedBatchNormV3, tf.raw_ops.FusedBatchNormGradV3
 NHWC, NCHW = ("FusedBatchNormV3", b"NHWC"), ("FusedBatchNormV3", b"NCHW")
 NHWC_BACK, NCHW_BACK = ("FusedBatchNormGradV3", b"NHWC"), ("FusedBatchNormGradV3", b"NCHW")
@@ -54,6 +56,22 @@ def _not_run(monkeypatch):
     monkeypatch.setattr(tf.raw_ops, "FusedBatchNormGradV3", FUSED_BACK)
 
 
+@pytest.mark.parametrize(
+    ("devices", "on_gpu"),
+    [
+        (["/device:GPU:0"], True),
+        (["/device:CPU:0"], False),
+        (["", "/device:GPU:0"], True),  # In a function: where it is traced.
+        (["", "/device:CPU:0"], False),
+    ],
+)
+def test_where_operations_run_decides(devices, on_gpu, monkeypatch):
+    monkeypatch.setattr(_normalize, "_on_gpu", ON_GPU)
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["one"])
+    monkeypatch.setattr(_normalize, "_device", iter(devices).__next__)
+    assert _normalize._on_gpu() == on_gpu
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(
     ("shape", "axis", "seen"),
@@ -61,6 +79,7 @@ def _not_run(monkeypatch):
         ((8, 3), -1, (1, 8, 1, 3)),
         ((4, 5, 6, 3), -1, (4, 5, 6, 3)),
         ((70_000, 2, 3), -1, (1, 140_000, 1, 3)),  # As examples too many (pytorch#19911).
+        ((70_000, 2, 2, 3), -1, (1, 280_000, 1, 3)),
         ((None, 5, 6, 3), -1, (None, 5, 6, 3)),
         ((None, 6, 3), -1, (1, None, 1, 3)),
         ((4, 5, 6, 3), [2, 3], (1, 20, 1, 18)),
@@ -88,6 +107,7 @@ def test_the_gradient_is_fused():
 @pytest.mark.usefixtures("_not_run")
 def test_inference_is_by_the_kernel_where_it_also_runs_on_a_cpu():
     assert trace((70_000, 2, 3), False) == {NHWC: (1, 140_000, 1, 3)}
+    assert trace((70_000, 2, 2, 3), False) == {NHWC: (1, 280_000, 1, 3)}
     assert trace((4, 3, 6), False, axis=1) == {}
 
 

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import tfbn
-from tfbn import _xla
+from tfbn import _fused, _xla
 from tfbn._normalize import SMALL, normalize
 
 FUSED = {"FusedBatchNormV3": 1}
@@ -176,17 +176,21 @@ def test_without_the_private_attribute_xla_is_not_assumed(monkeypatch):
         assert not _xla.compiling()
 
 
-def test_the_kernel_runs_again_only_where_the_mean_dominates():
+@pytest.mark.parametrize(("offset", "again"), [(0.0, 0), (1e4, 1)])
+def test_the_kernel_runs_again_only_where_the_mean_dominates(offset, again, monkeypatch):
     """At mean 1e4 the kernel alone is off by far more than at mean 0; the retry takes it back."""
-    x = tf.random.normal((4096, 3), seed=1)
+    runs, centred = [], _fused._centred
+    monkeypatch.setattr(_fused, "_centred", lambda *args: runs.append(1) or centred(*args))
+    x = tf.random.normal((4096, 3), seed=1) + offset
     layer = tfbn.BatchNormalization(epsilon=1e-6)
-    for offset in (0.0, 1e4):
-        shifted = x + offset
-        reference = tf.cast(shifted, tf.float64)
-        reference -= tf.reduce_mean(reference, 0)
-        reference /= tf.sqrt(tf.reduce_mean(reference**2, 0) + 1e-6)
-        y = tf.cast(layer(shifted, training=True), tf.float64)
-        assert float(tf.reduce_max(tf.abs(y - reference))) < 1e-5
+    y = layer(x, training=True)
+    assert len(runs) == again
+    reference = tf.cast(x, tf.float64)
+    reference -= tf.reduce_mean(reference, 0)
+    reference /= tf.sqrt(tf.reduce_mean(reference**2, 0) + 1e-6)
+    in_graph = tf.function(lambda x: layer(x, training=True))(x)
+    for result in (y, in_graph):
+        assert float(tf.reduce_max(tf.abs(tf.cast(result, tf.float64) - reference))) < 1e-5
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ two) in one operation, which it does not across a view. An inference of MobileNe
 instead of 48 (Keras 49), in bfloat16 51 instead of 65 (Keras 71).
 
 On a GPU the kernel is cuDNN's, which refuses many examples (pytorch#19911) but not many positions:
-it gets images as they stand, which TensorFlow joins to an activation that follows, all else as
-(1, positions, 1, channels), or (examples, channels, positions, 1) as NCHW. In NCHW it is
-for training alone: a SavedModel that it stands in would not run on a CPU, the kernel knows no
-gradient of inference there, and more than 65,535 examples fail.
+it gets images as they stand, unless they are known to be too many, so that TensorFlow may join an
+activation that follows; all else as (1, positions, 1, channels), or, with channels on axis 1, as
+(examples, channels, positions, 1) in NCHW. That is for training alone: a SavedModel in which it
+stands would not run on a CPU, the kernel knows no gradient of inference there, and more than 65,535
+examples fail.
 """
 
 import functools
@@ -40,10 +41,11 @@ DTYPES = (tf.float32, tf.float16, tf.bfloat16)
 # channel; outputs are right to about this tolerance.
 _TOLERANCE = 1e-4
 _MEAN_ERROR = 1e-7
-_MEAN_ERROR_PER_EXAMPLE = 1.1e-10
+_MEAN_ERROR_PER_VALUE = 1.1e-10
 
 _SHORT_ROW = 2**14  # values
-_MOST_EXAMPLES = 880_801  # More cuDNN refuses to train on in NCHW.
+_MOST_EXAMPLES = 880_801  # More cuDNN refuses to train on in NCHW,
+_MOST_IMAGES = 65_535  # and more than these in inference.
 
 
 class Setting(NamedTuple):
@@ -196,7 +198,7 @@ def _mean_dominates(
         mean, variance, n = mean.numpy(), variance.numpy(), n.numpy()
         if n == 0:  # Some versions leave both uninitialized.
             return False
-    limit = _TOLERANCE / (_MEAN_ERROR + _MEAN_ERROR_PER_EXAMPLE * n)
+    limit = _TOLERANCE / (_MEAN_ERROR + _MEAN_ERROR_PER_VALUE * n)
     dominates = abs(mean) > limit * (variance + epsilon) ** 0.5  # not squared: that may overflow
     return dominates.any() if tf.executing_eagerly() else tf.reduce_any(dominates)
 
@@ -260,9 +262,9 @@ def _branches(dtype: tf.DType, epsilon: float) -> tuple[Any, Any]:
     ``tf.cond`` would make two for each layer: for 100 layers that took 24 MB, and half of the time to the
     first step.
     """
-    images = tf.TensorSpec([None, None, 1, None], dtype)
+    views = tf.TensorSpec([None, None, 1, None], dtype)
     channels = tf.TensorSpec([None])
-    signature = [_Run(images, images, channels, channels, channels), channels, channels]
+    signature = [_Run(views, views, channels, channels, channels), channels, channels]
 
     def centred(run: _Run, scale: tf.Tensor, offset: tf.Tensor) -> _Run:
         return _centred(run, scale, offset, epsilon)
@@ -289,7 +291,7 @@ def _flat(x: tf.Tensor, setting: Setting) -> tf.Tensor:
     if _data_format(x, axes) == "NCHW":
         examples_channels_positions, *_ = merged(x, axes)
         return examples_channels_positions[..., tf.newaxis]
-    if on_gpu and x.shape.rank == 4 and len(axes) == 1:
+    if on_gpu and x.shape.rank == 4 and len(axes) == 1 and (x.shape[0] or 0) <= _MOST_IMAGES:
         return x
     channels = x.shape[axes[0] :].num_elements()
     return tf.reshape(x, [1, -1, 1, channels] if on_gpu else [-1, 1, 1, channels])

@@ -6,6 +6,7 @@ value near the mean, subtracted before anything is squared or summed, so that a 
 zero.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -61,7 +62,7 @@ def count(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> t
         return tf.ensure_shape(counts, [x.shape[axis] for axis in axes])
     sizes = [x.shape[axis] for axis in reduced]
     if None not in sizes:
-        return tf.constant(float(_product(sizes)), dtype)
+        return tf.constant(float(math.prod(sizes)), dtype)
     return tf.cast(tf.reduce_prod(tf.gather(tf.shape(x), reduced)), dtype)
 
 
@@ -189,10 +190,3 @@ def _heard(values: tf.Tensor, counted: tf.Tensor) -> tf.Tensor:
 
 def _kept(values: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
     return values if mask is None else tf.where(mask, values, tf.zeros([], values.dtype))
-
-
-def _product(sizes: Sequence[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result

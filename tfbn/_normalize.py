@@ -1,10 +1,12 @@
 """(x, gamma, beta) → y, with the right gradients of every order: the one place that chooses the kernel.
 
-The choice is made while the graph is traced, from what is known then:
+The choice is made while the graph is traced, from what is known then. XLA comes first:
 
 ====================================================  ==============================================
 case                                                  kernel
 ====================================================  ==============================================
+under XLA                                             formula, differentiated by TensorFlow
+                                                      (over replicas: by hand)
 float32, float16, bfloat16; channels last             fused (``_fused.py``)
 the same over replicas                                fused (``_synchronized.py``)
 channels elsewhere in a row, on a GPU: training       fused, as NCHW
@@ -12,9 +14,7 @@ channels elsewhere, on a CPU: training, and           fused, between two transpo
 inference in half precision
 what a Conv2D gives in a graph on a CPU, inference    fused, joined to it by TensorFlow
 a small tensor in a graph on a CPU                    formula, with a gradient written by hand
-float64, masks                                        formula, with a gradient written by hand
-under XLA                                             formula, differentiated by TensorFlow
-                                                      (over replicas with that gradient)
+all else: float64, masks, channels elsewhere          formula, with a gradient written by hand
 ====================================================  ==============================================
 
 Each call of the fused kernel costs a CPU about 0.1 ms before it does anything: on 64×32 values,
@@ -26,8 +26,9 @@ than Keras's formula on a CPU). It is left to differentiate the formula itself: 
 written by hand it computed the same products several times. The formulas run on views with as few
 axes as can be, in which XLA reduces twice as fast.
 
-The formula computes in float32. A large half-precision tensor is copied for it only under a mask,
-where nothing else serves, and the copy is not kept for the backward pass. (XLA fuses the cast.)
+The formula computes in float32, and a half-precision tensor is copied for it, though not kept for the
+backward pass: under a mask, in virtual batches of unknown number, and on a GPU wherever the channels
+are not last, but for training with them in a row on one replica. (XLA fuses the cast.)
 
 Derivatives of derivatives are always those of the formula: the fused kernel's own second derivative
 is neither complete nor needed often.
@@ -108,15 +109,15 @@ def normalize_batch(
         )
         return tf.transpose(y, back_again), batch
     on_gpu = _on_gpu()
-    # Over replicas the kernel of inference runs, too.
+    # Over replicas inference's kernel runs, too, which has no gradient as NCHW (see `_fused`).
     if mask is None and _fused_is_best(x, axes, nchw=on_gpu and not synchronized):
         kernel = _synchronized if synchronized else _fused
-        here = _fused.Setting(axes, epsilon, on_gpu)
-        setting = _formula.Setting(axes, epsilon, synchronized=synchronized)
+        of_kernel = _fused.Setting(axes, epsilon, on_gpu)
+        of_formula = _formula.Setting(axes, epsilon, synchronized=synchronized)
         return _by_kernel(
-            functools.partial(kernel.forward, setting=here),
-            functools.partial(kernel.backward, setting=here),
-            functools.partial(_formula.second_backward, setting=setting),
+            functools.partial(kernel.forward, setting=of_kernel),
+            functools.partial(kernel.backward, setting=of_kernel),
+            functools.partial(_formula.second_backward, setting=of_formula),
             x,
             gamma,
             beta,
@@ -167,15 +168,15 @@ def normalize(
     joined = _is_joined_to_convolution(x, axes)
     if not joined and not _fused_is_best(x, axes):
         return _formula.inference(x, mean, variance, gamma, beta, axes=axes, epsilon=epsilon)
-    here = _fused.Setting(axes, epsilon, _on_gpu())
+    setting = _fused.Setting(axes, epsilon, _on_gpu())
 
     def back(dy: tf.Tensor, x: tf.Tensor, *weights: tf.Tensor) -> tuple[tf.Tensor, ...]:
         mean, variance, gamma, _ = weights
-        dx, dgamma, dbeta = _fused.inference_backward(dy, x, mean, variance, gamma, setting=here)
+        dx, dgamma, dbeta = _fused.inference_backward(dy, x, mean, variance, gamma, setting=setting)
         s = tf.math.rsqrt(variance + epsilon)
         return dx, -gamma * s * dbeta, -0.5 * gamma * tf.square(s) * dgamma, dgamma, dbeta
 
-    kernel = functools.partial(_fused.inference, setting=here, as_it_stands=joined)
+    kernel = functools.partial(_fused.inference, setting=setting, as_it_stands=joined)
     return _differentiable(
         lambda *inputs: (kernel(*inputs), back),
         functools.partial(_formula.second_inference_backward, axes=axes, epsilon=epsilon),
@@ -219,14 +220,14 @@ def _on_gpu() -> bool:
     """Whether operations run on a GPU here, if they can. Where their inputs are says nothing of it."""
     if not tf.config.list_logical_devices("GPU"):
         return False
-    device = _here()
+    device = _device()
     if not device:  # In a function, which runs where it is traced.
         with tf.init_scope():
-            device = _here()
+            device = _device()
     return "CPU" not in device
 
 
-def _here() -> str:
+def _device() -> str:
     return tf.fill([], 0.0).device
 
 

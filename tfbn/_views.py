@@ -51,7 +51,7 @@ def with_shape(x: tf.Tensor, shape: Sequence[int | None] | tf.TensorShape) -> tf
 
 
 def known(x: tf.Tensor, axes: Sequence[int]) -> bool:
-    """Whether the sizes of the axes are known. The number of virtual batches, channels too, may not be."""
+    """Whether the sizes of the axes are known. Virtual batches are channels, too, and their number may not be."""
     return all(x.shape[axis] is not None for axis in axes)
 
 
