@@ -34,7 +34,8 @@ def draw(run: dict[str, Any], path: Path) -> None:
             axes.set_ylabel("ms a layer" if suite == "layers" else "ms a step")
             if suite == "layers":  # Shapes differ by orders of magnitude.
                 axes.set_yscale("log")
-    grid[0][0].legend(fontsize="small")
+    handles, labels = grid[0][0].get_legend_handles_labels()  # The layers' has all contenders.
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.suptitle(title(run))
     figure.savefig(path, dpi=80)
 
