@@ -18,7 +18,11 @@ help: ## list the targets
 
 .PHONY: test
 test: lint types ## lint, check types, run the tests and print the coverage
-	$(python) -m pytest --cov --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(python) -m pytest -m "not slow" --cov --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+.PHONY: test-slow
+test-slow: $(VENV)/ready ## run the tests that take longest: workers that are killed, three workers, a larger data set
+	$(python) -m pytest -m slow $(PYTEST_ARGS)
 
 .PHONY: demo
 demo: $(VENV)/ready ## train on handwritten digits and export the model

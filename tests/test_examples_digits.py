@@ -247,6 +247,7 @@ def test_larger_sets_come_through_tensorflow_datasets(name, shape, sources_answe
     assert 0.9 < image.max() <= 1  # of 784 bytes or more at random
 
 
+@pytest.mark.slow
 def test_the_command_trains_on_a_larger_set(sources_answer, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
     # It holds for the whole process, which has other tests to run.

@@ -26,6 +26,7 @@ def assert_trained_as_alone(seen: list[Observed], scenario: str) -> None:
             np.testing.assert_array_equal(value, first[name], err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_three_workers_train_what_one_device_trains(tmp_path):
     seen = run_workers(tmp_path / "w", 3, "--scenario", "accumulated")
@@ -49,6 +50,7 @@ def test_two_workers_train_what_one_device_trains(undisturbed):
     assert_trained_as_alone(undisturbed, "uneven")
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover
 def test_workers_that_are_killed_one_after_the_other_end_as_if_nothing_had_happened(
     undisturbed, tmp_path
