@@ -279,7 +279,15 @@ def test_layers_can_be_synchronized_and_not():
     ("layer", "data", "inputs"),
     [
         (layers.StringLookup(output_mode="one_hot"), ["red", "red", "blue"], ["red", "grey"]),
-        (layers.Discretization(num_bins=3, output_mode="one_hot"), [1.0, 2.0, 5.0], [1.0, 4.0]),
+        pytest.param(
+            layers.Discretization(num_bins=3, output_mode="one_hot"),
+            [1.0, 2.0, 5.0],
+            [1.0, 4.0],
+            marks=pytest.mark.skipif(
+                keras.__version__.startswith("3.8."),
+                reason="Keras 3.8 takes its output for one wide",
+            ),
+        ),
         (layers.Normalization(axis=-1), [[1.0], [2.0], [9.0]], [3.0, 4.0]),
     ],
     ids=["lookup", "bins", "normalization"],
