@@ -334,7 +334,11 @@ def test_what_is_float32_for_good_reasons_does_not_become_float16():
     assert [output.dtype for output in new.output] == ["float32", "float16"]
     assert new.report.difference < 2e-3
     why = " ".join(reason for reason in reasons(new) if reason)
-    assert "gives float16, and it gives float32" in why
+    if keras.__version__.startswith("3.8."):  # Layers of their own cast there, and stand between.
+        assert "'cast_2' (Cast) gives float16, and it gives float32" in why
+        return
+    for name in ("half", "after"):
+        assert f"'{name}' (Dense) gives float16, and it gives float32" in why
 
 
 def test_subclasses_are_not_taken_for_what_they_may_not_be():

@@ -272,10 +272,8 @@ def _branches(dtype: tf.DType, epsilon: float) -> tuple[Any, Any]:
     def as_it_is(run: _Run, scale: tf.Tensor, offset: tf.Tensor) -> _Run:
         return run
 
-    with (
-        tf.init_scope(),
-        tf.device(None),
-    ):  # They belong to no graph, and run where they are called.
+    # They belong to no graph, and run where they are called.
+    with tf.init_scope(), tf.device(None):
         return tuple(
             tf.function(branch, input_signature=signature, autograph=False).get_concrete_function()
             for branch in (centred, as_it_is)
