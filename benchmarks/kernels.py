@@ -13,10 +13,10 @@ from unittest import mock
 import tensorflow as tf
 
 import tfbn
-from tfbn import _formula, _normalize
+from tfbn._normalize import dispatch, formula
 
 COMPILED = {
-    name: tf.function(getattr(_formula, name), jit_compile=True, autograph=False)
+    name: tf.function(getattr(formula, name), jit_compile=True, autograph=False)
     for name in ("forward", "backward")
 }
 
@@ -27,7 +27,7 @@ class Formula(tfbn.BatchNormalization):
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         never = mock.Mock(return_value=False)
         choices = ("_fused_is_best", "_fused_is_best_transposed", "_is_joined_to_convolution")
-        with mock.patch.multiple(_normalize, **dict.fromkeys(choices, never)):
+        with mock.patch.multiple(dispatch, **dict.fromkeys(choices, never)):
             return super().call(inputs, training=training, mask=mask)
 
 
@@ -35,5 +35,5 @@ class Compiled(Formula):
     """By the same operations, each pass compiled by XLA on its own, also where the graph around it is not."""
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
-        with mock.patch.multiple(_formula, **COMPILED):
+        with mock.patch.multiple(formula, **COMPILED):
             return super().call(inputs, training=training, mask=mask)

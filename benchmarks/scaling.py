@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import command_line, environment, results
-from tfbn._replicas import FEW
+from tfbn._moments.replicas import FEW
 
 KINDS = ["tfbn", "tfbn synchronized", "keras", "keras synchronized"]
 RESNET50 = [64] + [

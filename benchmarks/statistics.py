@@ -19,10 +19,10 @@ import tensorflow as tf
 
 import tfbn
 from benchmarks import command_line, memory, models
-from tfbn import _averages
-from tfbn._feed import Feed
-from tfbn._moments import Moments
-from tfbn._survey import survey
+from tfbn._data.multi_pass import MultiPassReader
+from tfbn._layer import moving_average
+from tfbn._moments.moments import Moments
+from tfbn._statistics.plan import plan_passes
 
 MORE = 20
 """How many times as much data must not take more memory."""
@@ -72,8 +72,8 @@ def _recalibration(
     model: keras.Model, data: tf.data.Dataset, upstream: str
 ) -> tuple[Callable[[], None], int]:
     """What reads the data as often as it takes, once all is traced; and how often that is."""
-    feed = Feed(data, None, None, verbose=False)
-    _, population = survey(model, feed, upstream, None, include_frozen=False)
+    feed = MultiPassReader(data, None, None, verbose=False)
+    _, population = plan_passes(model, feed, upstream, None, include_frozen=False)
     numbers = itertools.count()
     return lambda: population.measure(lambda _: feed.read(next(numbers))), population.passes
 
@@ -111,7 +111,7 @@ def check(model: keras.Model, images: tf.Tensor, turns: int) -> str:
 
     runs: dict[str, Callable[[], Any]] = {"looking": updates(), "blind": updates()}
     runs["looking"]()
-    with mock.patch.object(_averages, "usable", return_value=True):
+    with mock.patch.object(moving_average, "can_update", return_value=True):
         runs["blind"]()  # Traced now, it is blind ever after.
     seconds = measured(runs | {"step": tf.function(step, autograph=False)}, 4 * turns)
     medians = {name: float(np.median(values)) for name, values in seconds.items()}

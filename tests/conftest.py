@@ -9,6 +9,7 @@ os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 os.environ["MPLBACKEND"] = "agg"
 
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import hypothesis
 import keras
@@ -41,39 +42,40 @@ CPUS = [name for name in _devices() if name.startswith("CPU")]
 
 # The files that take longest. They go first, or in the end one process would wait for the other.
 LONG = [
-    "test_diagnose",
-    "test_training_replicas",
-    "test_workers_training",
-    "test_recalibrate",
-    "test_replicas_statistics",
-    "test_examples_digits",
-    "test_benchmarks",
-    "test_layer_parity",
-    "test_recalibrate_workers",
-    "test_lectures_gallery_laws",
+    "_statistics/test_diagnose",
+    "_training/test_replicas",
+    "_training/test_workers",
+    "_statistics/test_recalibrate",
+    "_layer/test_replicas",
+    "examples/test_train_digits",
+    "benchmarks/test_benchmarks",
+    "_layer/test_parity",
+    "_statistics/test_recalibrate_workers",
+    "examples/test_lectures_gallery_laws",
 ]
 # To count lines makes tests take a third longer. What these files reach of tfbn, others reach too;
 # so it is with the single tests that are marked `no_cover`.
 UNCOUNTED = (
-    "test_applications",
-    "test_benchmarks",
-    "test_examples",
-    "test_layer_parity",
-    "test_lectures",
-    "test_readme",
-    "test_replicas_scaling",
-    "test_training_formulas",
-    "test_workers_example",
+    "benchmarks/",
+    "docs/",
+    "examples/",
+    "_layer/test_parity",
+    "_training/test_formulas",
 )
+
+
+def _name(item: pytest.Item) -> str:
+    """The test's file, as in `LONG`."""
+    return item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
+    items.sort(key=lambda item: rank.get(_name(item), len(LONG)))
     for item in items:
         if not GPUS and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and TensorFlow lists none"))
-        if item.path.stem.startswith(UNCOUNTED):
+        if _name(item).startswith(UNCOUNTED):
             item.add_marker(pytest.mark.no_cover)
 
 
@@ -107,4 +109,4 @@ def no_tensor_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     `test_kernels.py` tests where the line is, and the formula beyond it.
     """
-    monkeypatch.setattr("tfbn._normalize.SMALL", 0)
+    monkeypatch.setattr("tfbn._normalize.dispatch.SMALL", 0)

@@ -12,7 +12,7 @@ import keras
 import pytest
 
 import tfbn
-from tfbn import _backend
+from tfbn._support import backend
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = ["importlib_resources", "matplotlib", "rich", "sklearn", "tensorflow_datasets", "tf_keras"]
@@ -100,21 +100,21 @@ def test_the_environment_wins_over_keras_json(keras_not_imported, monkeypatch):
     keras_not_imported.write_text(json.dumps({"backend": "torch"}))
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     with pytest.raises(ImportError, match="backend 'jax', from the environment variable"):
-        _backend.require_tensorflow()
+        backend.require_tensorflow()
 
 
 def test_an_empty_variable_leaves_the_choice_to_keras_json(keras_not_imported, monkeypatch):
     keras_not_imported.write_text(json.dumps({"backend": "torch"}))
     monkeypatch.setenv("KERAS_BACKEND", "")
     with pytest.raises(ImportError, match=r"backend 'torch', from .*keras\.json"):
-        _backend.require_tensorflow()
+        backend.require_tensorflow()
 
 
 @pytest.mark.parametrize("content", [None, "not JSON", "{}"])
 def test_without_a_backend_named_anywhere_it_is_tensorflow(keras_not_imported, content):
     if content is not None:
         keras_not_imported.write_text(content)
-    assert _backend._configured_backend() == ("tensorflow", f"from {keras_not_imported}")
+    assert backend._configured_backend() == ("tensorflow", f"from {keras_not_imported}")
 
 
 @pytest.mark.parametrize("writable", [True, False])
@@ -124,13 +124,13 @@ def test_keras_json_is_looked_for_where_keras_does(keras_not_imported, monkeypat
     monkeypatch.delenv("KERAS_HOME")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr(os, "access", lambda path, mode: writable)
-    assert _backend._keras_home() == (home if writable else Path("/tmp")) / ".keras"
+    assert backend._keras_home() == (home if writable else Path("/tmp")) / ".keras"
 
 
 def test_keras_already_imported_on_another_backend_is_refused(monkeypatch):
     monkeypatch.setattr(keras.config, "backend", lambda: "jax")
     with pytest.raises(ImportError, match="backend 'jax', as Keras was imported"):
-        _backend.require_tensorflow()
+        backend.require_tensorflow()
 
 
 # What it shows
@@ -169,7 +169,7 @@ def test_every_public_name_is_in_the_readme_and_in_a_test(name):
     shown = re.search(rf"\btfbn\.{name}\b", (ROOT / "README.md").read_text())
     assert shown, f"README.md does not show tfbn.{name}"
     used = re.compile(rf"\btfbn\.{name}\b|^from tfbn[\w.]* import .*\b{name}\b", re.MULTILINE)
-    tests = [path for path in sorted((ROOT / "tests").glob("*.py")) if path != Path(__file__)]
+    tests = [path for path in sorted((ROOT / "tests").rglob("*.py")) if path != Path(__file__)]
     assert any(used.search(path.read_text()) for path in tests), f"no test covers tfbn.{name}"
 
 

@@ -1,19 +1,21 @@
 """Batch normalization for Keras on TensorFlow, from the first training step to the served model."""
 
-from tfbn import _backend
+from tfbn._support import backend
 
-_backend.require_tensorflow()  # before the imports below have a chance to break
+backend.require_tensorflow()  # before the imports below have a chance to break
 
-from tfbn._convert import convert
-from tfbn._diagnose import diagnose
-from tfbn._export import export
-from tfbn._fold import fold
-from tfbn._freeze import freeze, unfreeze
-from tfbn._layer import BatchNormalization
-from tfbn._pause import pause_statistics
-from tfbn._recalibrate import recalibrate
-from tfbn._recalibrate_callback import RecalibrateAfterTraining
-from tfbn._training import StatisticsNotUpdatedError, TrainingLoop
+from tfbn._layer.batch_normalization import BatchNormalization
+from tfbn._shipping.convert import convert
+from tfbn._shipping.export import export
+from tfbn._shipping.fold.fold import fold
+from tfbn._statistics.diagnose.diagnose import diagnose
+from tfbn._statistics.freeze import freeze, unfreeze
+from tfbn._statistics.pause import pause_statistics
+from tfbn._statistics.recalibrate import recalibrate
+from tfbn._statistics.recalibrate_callback import RecalibrateAfterTraining
+from tfbn._support.version import VERSION
+from tfbn._training.guard import StatisticsNotUpdatedError
+from tfbn._training.loop import TrainingLoop
 
 __all__ = [
     "BatchNormalization",
@@ -29,4 +31,4 @@ __all__ = [
     "recalibrate",
     "unfreeze",
 ]
-__version__ = "0.1.0"
+__version__ = VERSION

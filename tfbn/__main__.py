@@ -2,7 +2,7 @@
 
 import sys
 
-from tfbn._command import main
+from tfbn._command_line.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,4 @@
-"""The GradientTape loop."""
+"""The `tf.GradientTape` training loop: steps, epochs, replicas, workers, backups.
 
-from tfbn._training._guard import StatisticsNotUpdatedError
-from tfbn._training._loop import TrainingLoop
-
-__all__ = ["StatisticsNotUpdatedError", "TrainingLoop"]
+Imports: `_statistics`, `_data`, `_models` and below.
+"""

@@ -1,0 +1,428 @@
+"""What is exported serves without tfbn, answers as the model does, and is there whole or not at all."""
+
+import errno
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfbn
+from tfbn._shipping import atomic_directory, export
+
+
+def trained(norm=tfbn.BatchNormalization, **arguments):
+    """A model whose statistics are not those that it was born with."""
+    inputs = keras.Input((6, 6, 2), name="image")
+    x = keras.layers.Conv2D(4, 3, use_bias=False)(inputs)
+    x = norm(momentum=0.5, **arguments)(x)
+    x = keras.layers.ReLU()(x)
+    x = keras.layers.Flatten()(x)
+    x = norm(momentum=0.5)(x)
+    model = keras.Model(inputs, keras.layers.Dense(3, name="scores")(x), name="small")
+    for _ in range(3):
+        model(images(16) * 2 + 1, training=True)
+    return model
+
+
+def images(count):
+    return tf.random.stateless_normal((count, 6, 6, 2), seed=(count, 0))
+
+
+def serve(path):
+    return tf.saved_model.load(str(path)).signatures["serving_default"]
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("norm", [tfbn.BatchNormalization, keras.layers.BatchNormalization])
+def test_it_serves_what_the_model_predicts_for_any_batch_size(tmp_path, norm, fold):
+    model = trained(norm)
+    before = [w.numpy() for w in model.weights]
+    assert tfbn.export(model, tmp_path / "served", fold=fold) == tmp_path / "served"
+    for count in (1, 5):
+        served = serve(tmp_path / "served")(image=images(count))
+        expected = model(images(count), training=False)
+        np.testing.assert_allclose(served["scores"], expected, rtol=1e-4, atol=1e-4)
+    for weight, value in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(weight, value)
+
+
+def test_it_serves_in_a_process_with_tensorflow_alone(tmp_path):
+    model = trained()
+    tfbn.export(model, tmp_path / "served", fold=False)
+    np.save(tmp_path / "x.npy", images(4))
+    script = """
+        import sys
+        for name in ("tfbn", "keras", "tf_keras"):
+            sys.modules[name] = None
+        import numpy as np
+        import tensorflow as tf
+        served = tf.saved_model.load("served").signatures["serving_default"]
+        np.save("y.npy", served(image=tf.constant(np.load("x.npy")))["scores"])
+    """
+    command = [sys.executable, "-P", "-c", textwrap.dedent(script)]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120, capture_output=True)
+    expected = model(images(4), training=False)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_card_says_what_is_there(tmp_path):
+    tfbn.export(trained(), tmp_path / "served")
+    card = (tmp_path / "served" / "MODEL_CARD.md").read_text()
+    for part in ("# small", "`image`", "any × 6 × 6 × 2", "`scores`", "any × 3", tf.__version__):
+        assert part in card
+    assert "batch_normalization" in card
+
+
+def test_inputs_and_outputs_keep_their_names_and_keys(tmp_path):
+    a, b = keras.Input((3,), name="a"), keras.Input((2,), name="b", dtype="int32")
+    joined = keras.layers.Concatenate()([a, keras.layers.Embedding(4, 1)(b)[..., 0]])
+    y = tfbn.BatchNormalization()(keras.layers.Dense(4)(joined))
+    model = keras.Model({"a": a, "b": b}, {"out": y, "raw": joined})
+    tfbn.export(model, tmp_path / "served")
+    given = {"a": tf.ones((2, 3)), "b": tf.ones((2, 2), tf.int32)}
+    served, expected = serve(tmp_path / "served")(**given), model(given)
+    assert set(served) == {"out", "raw"}
+    for name, value in expected.items():
+        np.testing.assert_allclose(served[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_outputs_in_dicts_of_dicts_are_named_by_the_way_to_them(tmp_path):
+    x = keras.Input((3,), name="x")
+    ones, twos = keras.layers.Dense(1)(x), tfbn.BatchNormalization()(keras.layers.Dense(2)(x))
+    model = keras.Model(x, {"heads": {"b": ones, "a": twos}, "all": [x, ones]})
+    tfbn.export(model, tmp_path / "served")
+    served = serve(tmp_path / "served")(x=tf.ones((1, 3)))
+    shapes = {name: output.shape[1] for name, output in served.items()}
+    assert shapes == {"heads_b": 1, "heads_a": 2, "all_0": 3, "all_1": 1}
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(4)
+        self.norm = tfbn.BatchNormalization()
+
+    def call(self, x, training=False):
+        return self.norm(self.dense(x), training=training)
+
+
+def test_a_subclassed_model_is_exported_as_it_is(tmp_path):
+    model = Subclassed()
+    model(tf.random.normal((8, 3)), training=True)
+    tfbn.export(model, tmp_path / "served", fold=False)
+    x = tf.random.normal((2, 3), seed=3)
+    served = serve(tmp_path / "served")
+    (name,) = served.structured_input_signature[1]
+    (output,) = served(**{name: x}).values()
+    np.testing.assert_allclose(output, model(x), rtol=1e-5, atol=1e-5)
+
+
+class OfDict(Subclassed):
+    def call(self, inputs, training=False):
+        return {"sum": super().call(inputs["a"] + inputs["dense"], training=training)}
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_subclassed_model_of_a_dict_is_served_by_its_keys(tmp_path, fold):
+    model = OfDict()
+    given = {"a": tf.random.normal((8, 3)), "dense": tf.ones((8, 3))}
+    model(given, training=True)
+    tfbn.export(model, tmp_path / "served", fold=fold)
+    served = serve(tmp_path / "served")(**given)
+    np.testing.assert_allclose(served["sum"], model(given)["sum"], rtol=1e-5, atol=1e-5)
+
+
+class Joined(keras.Model):
+    def call(self, a, b):
+        return a + b
+
+
+def test_a_model_of_several_arguments_is_refused_with_what_to_do(tmp_path):
+    model = Joined(name="joined")
+    model(tf.ones((2, 3)), tf.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"one argument for all inputs. Received: model 'joined'"):
+        tfbn.export(model, tmp_path / "served", fold=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_large_models_keep_their_weights_in_variables(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "LARGEST_CONSTANTS", 0)
+    model = trained()
+    tfbn.export(model, tmp_path / "served", fold=False)
+    loaded = tf.saved_model.load(str(tmp_path / "served"))
+    serving = loaded.signatures["serving_default"]
+    assert len(serving.graph.variables) == len(model.weights)
+    served = serving(image=images(2))["scores"]
+    np.testing.assert_allclose(served, model(images(2)), rtol=1e-5, atol=1e-5)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: "model.keras", TypeError, r"Only a Keras model.*Received: model='model.keras'"),
+        (Subclassed, ValueError, r"call the model on an example first.*Received: model"),
+    ],
+)
+def test_what_cannot_be_exported(tmp_path, make, error, text):
+    with pytest.raises(error, match=text):
+        tfbn.export(make(), tmp_path / "served", fold=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/model", Path("gs://bucket/model")])
+def test_a_url_is_no_local_path(path):
+    with pytest.raises(ValueError, match=r"only a local path allows.*Received: path=.*gs:"):
+        tfbn.export(trained(), path)
+
+
+def test_an_old_export_stays_unless_it_may_be_replaced(tmp_path):
+    old, new = trained(), trained()
+    path = tfbn.export(old, tmp_path / "served")
+    with pytest.raises(FileExistsError, match=r"overwrite=False.*pass overwrite=True"):
+        tfbn.export(new, path)
+    expect(path, old)
+    tfbn.export(new, path, overwrite=True)
+    expect(path, new)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_something_else_is_never_replaced(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"Something else than a SavedModel.*stays"):
+        tfbn.export(trained(), tmp_path / "notes", overwrite=True)
+    assert (tmp_path / "notes" / "a.txt").read_text() == "mine"
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match=r"Something else than a SavedModel.*stays"):
+        tfbn.export(trained(), tmp_path / "link", overwrite=True)
+
+
+# Faults: the old SavedModel is whole, and no half-written one is there
+
+
+def expect(path, model):
+    served = serve(path)(image=images(2))["scores"]
+    np.testing.assert_allclose(served, model(images(2)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def exported(tmp_path):
+    model = trained()
+    return tfbn.export(model, tmp_path / "served"), model
+
+
+def wide():
+    """A model of a megabyte."""
+    inputs = keras.Input((6, 6, 2), name="image")
+    x = keras.layers.Dense(3500)(keras.layers.Flatten()(inputs))
+    return keras.Model(inputs, keras.layers.Dense(3, name="scores")(x))
+
+
+@pytest.fixture(params=["a full file system", "a limit on the size of files"])
+def little_room(request, tmp_path):
+    """Where a megabyte cannot be written: a function that says from when on, and the folder."""
+    if request.param == "a limit on the size of files":
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        yield tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        return
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system of limited size")
+    try:
+        yield tmp_path, lambda: None
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("weights", ["constants", "variables"])
+def test_a_full_disk(little_room, monkeypatch, weights):
+    folder, begin = little_room
+    old = trained()
+    path = tfbn.export(old, folder / "served")
+    if weights == "variables":
+        monkeypatch.setattr(export, "LARGEST_CONSTANTS", 0)
+    begin()
+    with pytest.raises(
+        OSError, match=r"cannot be written. Received: .*(No space left|File too large)"
+    ):
+        tfbn.export(wide(), path, overwrite=True)
+    expect(path, old)
+    assert list(folder.iterdir()) == [path]
+
+
+def test_outputs_that_differ(exported, monkeypatch):
+    path, old = exported
+    monkeypatch.setattr(export, "_difference", lambda *_: 0.5)
+    with pytest.raises(export.ExportError, match=r"difference of 0.5.*tolerance=0.0001"):
+        tfbn.export(trained(), path, overwrite=True)
+    expect(path, old)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_outputs_that_are_not_finite(exported):
+    path, old = exported
+    broken = trained()
+    broken.layers[-1].bias.assign([np.nan, 0, 0])
+    with pytest.raises(ValueError, match="not finite"):
+        tfbn.export(broken, path, overwrite=True, fold=False)
+    expect(path, old)
+
+
+def test_a_rename_that_fails_puts_the_old_one_back(exported, monkeypatch):
+    path, old = exported
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.name == "new":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(atomic_directory, "_swap", lambda *_: False)
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        tfbn.export(trained(), path, overwrite=True)
+    monkeypatch.undo()
+    expect(path, old)
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_directory_is_replaced_with_all_that_is_in_it(tmp_path, monkeypatch, swaps):
+    if not swaps:
+        monkeypatch.setattr(atomic_directory, "_swap", lambda *_: False)
+    for name in ("first", "second"):
+        with atomic_directory.atomic_directory(tmp_path / "x", True, lambda _: True) as folder:
+            (folder / name).touch()
+    assert [p.name for p in tmp_path.rglob("*")] == ["x", "second"]
+
+
+# Each moment in a process of its own, forked before TensorFlow starts threads: to import it takes seconds.
+KILLED = """
+    import os, shutil, signal, sys, threading
+    from pathlib import Path
+    import keras
+    import tfbn
+    from tfbn._shipping import export
+    from tfbn._shipping import atomic_directory
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(folder):
+        while not any(path.is_file() for path in folder.rglob("*")):
+            pass
+        die()
+
+    def before_renaming(name):
+        def rename(self, target, rename=Path.rename):
+            return die() if self.name == name else rename(self, target)
+        atomic_directory._swap = lambda *_: False
+        Path.rename = rename
+
+    def while_writing():
+        def write(*arguments, write=export._write):
+            threading.Thread(target=watch, args=[arguments[-1]]).start()
+            write(*arguments)
+            die()
+        export._write = write
+
+    MOMENTS = {
+        "while writing": while_writing,
+        "before comparing": lambda: setattr(export, "_difference", lambda *_: die()),
+        "before renaming": lambda: before_renaming("served"),
+        "between renames": lambda: before_renaming("new"),
+        "before cleaning up": lambda: setattr(shutil, "rmtree", lambda *_, **__: die()),
+    }
+    for folder in sorted(Path(sys.argv[1]).iterdir()):
+        if not (child := os.fork()):
+            MOMENTS[folder.name]()
+            inputs = keras.Input((6, 6, 2), name="image")
+            x = keras.layers.Flatten()(inputs)
+            model = keras.Model(inputs, keras.layers.Dense(3, name="scores", kernel_initializer="zeros")(x))
+            tfbn.export(model, folder / "served", overwrite=True)
+            os._exit(1)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, folder
+"""
+MOMENTS = [
+    "while writing",
+    "before comparing",
+    "before renaming",
+    "between renames",
+    "before cleaning up",
+]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A SavedModel for each moment, over which one was being exported when the process was killed."""
+    old, root = trained(), tmp_path_factory.mktemp("killed")
+    for moment in MOMENTS:
+        tfbn.export(old, root / moment / "served")
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED), str(root)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        check=True,
+        timeout=200,
+    )
+    return root, old
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_process(killed, moment):
+    """Its leavings are hidden, and go with the next export, which puts back what was moved away."""
+    root, old = killed
+    path = root / moment / "served"
+    assert len([p for p in path.parent.iterdir() if p.name.startswith(".served.")]) == 1
+    assert path.exists() == (moment != "between renames")
+    with pytest.raises(FileExistsError):
+        tfbn.export(old, path)
+    if moment == "before cleaning up":
+        np.testing.assert_array_equal(serve(path)(image=images(2))["scores"], np.zeros((2, 3)))
+    else:
+        expect(path, old)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_one_that_is_being_written_is_left_alone(tmp_path):
+    with atomic_directory.atomic_directory(tmp_path / "x", False, lambda _: False) as first:
+        (first / "a").write_text("first")
+        with atomic_directory.atomic_directory(tmp_path / "y", False, lambda _: False) as other:
+            (other / "b").write_text("other")
+        with atomic_directory.atomic_directory(tmp_path / "x", False, lambda _: False) as second:
+            (second / "a").write_text("second")
+        assert (first / "a").read_text() == "first"
+        (tmp_path / "x" / "a").unlink()
+    assert (tmp_path / "x" / "a").read_text() == "first"
+
+
+def test_what_another_name_left_behind_is_left_alone(tmp_path):
+    old = tmp_path / ".x.more.abcd.tmp" / "old"
+    old.mkdir(parents=True)
+    (old.parent / "lock").touch()
+    with atomic_directory.atomic_directory(tmp_path / "x", False, lambda _: False):
+        assert not (tmp_path / "x").exists()
+    assert old.exists()
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_tensorflow_lite_takes_it(tmp_path, folded):
+    model = trained()
+    path = tfbn.export(model, tmp_path / "served", fold=folded)
+    lite = tf.lite.TFLiteConverter.from_saved_model(str(path)).convert()
+    # TensorFlow 2.18 says it in other words.
+    with pytest.warns(UserWarning, match=r"tf\.lite\.Interpreter is deprecated|LiteRT interpreter"):
+        interpreter = tf.lite.Interpreter(model_content=lite)
+    run = interpreter.get_signature_runner("serving_default")
+    served = run(image=images(1).numpy())["scores"]
+    np.testing.assert_allclose(served, model(images(1)), rtol=1e-4, atol=1e-4)

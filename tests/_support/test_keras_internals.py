@@ -1,0 +1,64 @@
+"""Private names of Keras and TensorFlow: each test fails on the day that one is gone, or tries its fallback."""
+
+import keras
+import tensorflow as tf
+
+from tfbn._support import keras_internals
+
+
+def test_compiling_is_seen():
+    """Fails when TensorFlow takes away the private method that tells."""
+    seen = {}
+
+    @tf.function(jit_compile=True)
+    def compiled(x):
+        seen["compiled"] = keras_internals.compiling_with_xla()
+        return x
+
+    @tf.function
+    def plain(x):
+        seen["plain"] = keras_internals.compiling_with_xla()
+        return x
+
+    compiled(tf.constant(1.0))
+    plain(tf.constant(1.0))
+    assert seen == {"compiled": True, "plain": False}
+    assert not keras_internals.compiling_with_xla()
+
+
+def test_without_the_private_attribute_xla_is_not_assumed(monkeypatch):
+    monkeypatch.delattr(tf.Graph, "_get_control_flow_context")
+
+    graph = tf.Graph()
+    with graph.as_default():
+        assert not keras_internals.compiling_with_xla()
+
+
+def test_keras_still_sums_gradients_by_the_name_we_know():
+    assert keras_internals.sums_gradients_over_replicas(keras.optimizers.SGD())
+
+
+def test_keras_still_tracks_the_layers_of_a_layer_by_the_names_we_know():
+    wrapper = keras.layers.TimeDistributed(keras.layers.Dense(2))
+    assert hasattr(wrapper, "_layers")
+    assert hasattr(wrapper, "_tracker")
+
+
+def test_without_the_list_of_tracked_layers_the_attributes_tell():
+    class Block(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.first = keras.layers.Dense(1)
+            self.others = {"a": [keras.layers.ReLU()], "b": (keras.layers.Softmax(),)}
+
+    block = Block()
+    expected = list(keras_internals.tracked_layers(block))
+    assert len(expected) == 3
+    del block._layers
+    assert list(keras_internals.tracked_layers(block)) == expected
+
+
+def test_keras_still_attaches_masks_by_the_name_we_know():
+    masked = keras.layers.Masking()(tf.zeros([1, 2, 3]))
+    assert keras_internals.mask_of(masked).numpy().tolist() == [[False, False]]
+    assert keras_internals.mask_of(tf.zeros([1])) is None

@@ -1,0 +1,57 @@
+r"""Batch renormalization: the corrections that make training outputs those of the moving statistics.
+
+With the batch's :math:`\mu, \sigma` and slowly moving :math:`\mu_r, \sigma_r` (:math:`\sigma =
+\sqrt{\mathrm{variance} + \epsilon}`), and no gradient through r and d:
+
+.. math:: r = \mathrm{clip}(\sigma / \sigma_r, r_{min}, r_{max}), \quad
+          d = \mathrm{clip}((\mu - \mu_r) / \sigma_r, -d_{max}, d_{max}), \quad
+          y = \left(\frac{x - \mu}{\sigma} r + d\right) \gamma + \beta
+
+(Ioffe, `Batch Renormalization <https://arxiv.org/abs/1702.03275>`_, 2017; variables and limits as
+in Keras.)
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfbn._moments.moments import Moments
+
+
+def corrections(
+    moments: Moments,
+    renorm_mean: tf.Tensor,
+    renorm_stddev: tf.Tensor,
+    clipping: Mapping[str, float],
+    epsilon: float,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The corrections ``(r, d)`` of a batch with these moments, per channel."""
+    # Early in training the moving value may be smaller than any batch's can be.
+    reference = tf.maximum(renorm_stddev, epsilon**0.5)
+    r = tf.sqrt(moments.variance + epsilon) / reference
+    d = (moments.mean - renorm_mean) / reference
+    if clipping.get("rmin") is not None:
+        r = tf.maximum(r, clipping["rmin"])
+    if clipping.get("rmax") is not None:
+        r = tf.minimum(r, clipping["rmax"])
+    if clipping.get("dmax") is not None:
+        d = tf.clip_by_value(d, -clipping["dmax"], clipping["dmax"])
+    return tf.stop_gradient(r), tf.stop_gradient(d)
+
+
+def stddev_initializer(variance_initializer: Any) -> Callable[..., tf.Tensor]:
+    """Initializes a moving standard deviation by the root of what the moving variance starts from."""
+
+    def initialize(shape: Any, dtype: Any = None) -> tf.Tensor:
+        return keras.ops.sqrt(cloned(variance_initializer)(shape, dtype=dtype))
+
+    return initialize
+
+
+def cloned(initializer: Any) -> Any:
+    """A second copy of an initializer: Keras wants a random one to be used for one weight only."""
+    if isinstance(initializer, keras.initializers.Initializer):
+        return type(initializer).from_config(initializer.get_config())
+    return initializer

@@ -1,0 +1,194 @@
+"""Count, mean and variance of a tensor over its non-channel axes, and their exact merging.
+
+Everything here is about one triple, :class:`Moments`. Its mean may be relative to a *shift*: a
+value near the mean, subtracted before anything is squared or summed, so that a large common offset
+(mean 1e6, spread 1) costs no digits. Sums of squares are never subtracted from each other around
+zero.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+
+
+class Moments(NamedTuple):
+    """How many values, their mean, and their biased variance (divided by the count).
+
+    ``count`` is a scalar, or has the shape of ``mean`` where a mask tells channels apart. All three
+    have the dtype of the statistics: float32, or float64 for a float64 input.
+    """
+
+    count: tf.Tensor
+    mean: tf.Tensor
+    variance: tf.Tensor
+
+
+def statistics_dtype(dtype: tf.DType) -> tf.DType:
+    """The dtype in which statistics of a ``dtype`` tensor are kept: at least float32."""
+    return tf.float64 if dtype == tf.float64 else tf.float32
+
+
+def reduced_axes(rank: int, axes: Sequence[int]) -> list[int]:
+    """The axes that are averaged away: all but the channel ``axes``."""
+    return [axis for axis in range(rank) if axis not in axes]
+
+
+def along(values: tf.Tensor, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    """Reshapes per-channel ``values`` so that they broadcast against ``x``."""
+    if values.shape.rank == 0 or list(axes) == list(range(x.shape.rank - len(axes), x.shape.rank)):
+        return values
+    shape = [1] * x.shape.rank
+    for axis, size in zip(axes, values.shape, strict=True):
+        shape[axis] = size
+    if None in shape:  # Virtual batches: their number is known only when the graph runs.
+        sizes = tf.shape(values)
+        shape = [sizes[axes.index(axis)] if axis in axes else 1 for axis in range(x.shape.rank)]
+    return tf.reshape(values, shape)
+
+
+def count(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> tf.Tensor:
+    """How many values of ``x`` stand behind each channel: a scalar, or one per channel under a mask."""
+    dtype = statistics_dtype(x.dtype)
+    reduced = reduced_axes(x.shape.rank, axes)
+    if mask is not None:
+        # Counted at the mask's own size; what it is broadcast over multiplies the count.
+        kept = tf.cast(mask, dtype)
+        repeats = [1 if mask.shape[axis] != 1 else tf.shape(x)[axis] for axis in reduced]
+        factor = tf.cast(tf.reduce_prod(tf.stack(repeats)), dtype)
+        total = tf.reduce_sum(kept, reduced) * factor
+        counts = tf.broadcast_to(total, tf.gather(tf.shape(x), list(axes)))
+        return tf.ensure_shape(counts, [x.shape[axis] for axis in axes])
+    sizes = [x.shape[axis] for axis in reduced]
+    if None not in sizes:
+        return tf.constant(float(math.prod(sizes)), dtype)
+    return tf.cast(tf.reduce_prod(tf.gather(tf.shape(x), reduced)), dtype)
+
+
+def moments(
+    x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None
+) -> tuple[tf.Tensor, Moments]:
+    r"""Two-pass moments of ``x`` per channel, relative to a shift.
+
+    Around a shift :math:`c`, the median of three values (with a mask, the plain mean): first
+    :math:`\mu - c = \sum (x - c) / n`, then :math:`\sigma^2 = \sum (x - \mu)^2 / n`.
+
+    Args:
+        x: Floating-point tensor of known rank.
+        axes: The channel axes, ascending and non-negative.
+        mask: ``None``, or a boolean tensor of the rank of ``x`` that broadcasts to it: the values
+            that count.
+
+    Returns:
+        The shift ``c`` and the moments, whose mean is relative to ``c``; each has the shape of the
+        channel axes. Without a value the count, the mean and the variance are 0.
+    """
+    dtype = statistics_dtype(x.dtype)
+    reduced = reduced_axes(x.shape.rank, axes)
+    x = tf.cast(x, dtype)
+    n = count(x, axes, mask)
+
+    def average(values: tf.Tensor) -> tf.Tensor:
+        return tf.math.divide_no_nan(tf.reduce_sum(values, reduced), n)
+
+    if mask is None:
+        shift = median_of_three(x, axes)
+    else:
+        shift = average(zero_where_masked(x, mask))
+    # A constant: moving the shift moves the offset the other way, so no gradient belongs to it.
+    shift = tf.stop_gradient(shift)
+    deviation = zero_where_masked(x - along(shift, x, axes), mask)
+    offset = average(deviation)
+    # The offset as a constant spares the gradient a pass over x: its own part there is a sum of
+    # deviations, 0. What that leaves out of the second derivative is in the last term, whose value
+    # and gradient are 0.
+    constant = tf.stop_gradient(offset)
+    spread = zero_where_masked(deviation - along(constant, x, axes), mask)
+    variance = average(tf.square(spread)) - tf.square(offset - constant)
+    return shift, Moments(n, offset, variance)
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    r"""The moments of two disjoint sets of values together, exactly.
+
+    .. math:: \mu = \mu_a + w_b \delta, \quad
+              \sigma^2 = w_a \sigma_a^2 + w_b \sigma_b^2 + w_a w_b \delta^2, \quad
+              \delta = \mu_b - \mu_a, \; w_i = n_i / (n_a + n_b)
+
+    (Chan, Golub and LeVeque, 1983, written with weights so that nothing is multiplied by a large
+    count.) An empty side changes nothing, whatever its mean and variance are.
+    """
+    n = a.count + b.count
+    weight_a = tf.math.divide_no_nan(a.count, n)
+    weight_b = tf.math.divide_no_nan(b.count, n)
+    # An empty batch may carry NaN for its mean: with weight 0 it must not be heard.
+    mean_a, mean_b = zero_where_empty(a.mean, a.count), zero_where_empty(b.mean, b.count)
+    delta = mean_b - mean_a
+    # From the heavier side: with a weight of 0 or 1 the mean of the other side comes out to the
+    # bit.
+    mean = tf.where(weight_a >= weight_b, mean_a + weight_b * delta, mean_b - weight_a * delta)
+    variance = (
+        weight_a * zero_where_empty(a.variance, a.count)
+        + weight_b * zero_where_empty(b.variance, b.count)
+        + weight_a * weight_b * tf.square(tf.where((a.count > 0) & (b.count > 0), delta, 0))
+    )
+    return Moments(n, mean, variance)
+
+
+def merge_all(shifts: tf.Tensor, parts: Moments) -> tuple[tf.Tensor, Moments]:
+    r"""The moments of many disjoint sets of values together, exactly: :func:`merge` for all of them at once.
+
+    .. math:: \mu = \sum_r w_r \mu_r, \quad \sigma^2 = \sum_r w_r (\sigma_r^2 + (\mu_r - \mu)^2), \quad
+              w_r = n_r / \sum_s n_s
+
+    Args:
+        shifts: The shift of each set, in rows.
+        parts: The moments of each set, in rows, with means relative to its own shift.
+
+    Returns:
+        A shift near the common mean, and the moments of all values, whose mean is relative to it.
+    """
+    shape = [shifts.shape[0], *[1] * (shifts.shape.rank - parts.count.shape.rank)]
+    counts = tf.reshape(parts.count, [*shape, *parts.count.shape[1:]])
+    weights = tf.math.divide_no_nan(counts, tf.reduce_sum(counts, 0))
+    shifts, offsets = zero_where_empty(shifts, counts), zero_where_empty(parts.mean, counts)
+    shift = tf.stop_gradient(tf.reduce_sum(weights * (shifts + offsets), 0))
+    means = tf.where(counts > 0, (shifts - shift) + offsets, 0)
+    mean = tf.reduce_sum(weights * means, 0)
+    spread = zero_where_empty(parts.variance, counts) + tf.square(
+        tf.where(counts > 0, means - mean, 0)
+    )
+    variance = tf.reduce_sum(weights * spread, 0)
+    return shift, Moments(tf.reduce_sum(parts.count, 0), mean, variance)
+
+
+def median_of_three(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    """The median of three values of each channel: one outlier among them does not matter.
+
+    0 where there is no value. Far from the others, a shift would cost the digits that it is to save.
+    """
+    reduced = reduced_axes(x.shape.rank, axes)
+
+    def at(place: Callable[[int | tf.Tensor], int | tf.Tensor]) -> tf.Tensor:
+        slices = [slice(None)] * x.shape.rank
+        for axis in reduced:
+            size = x.shape[axis]
+            start = place(tf.shape(x)[axis] if size is None else size)
+            slices[axis] = slice(start, start + 1)
+        return tf.reduce_sum(x[tuple(slices)], reduced)
+
+    a, b, c = at(lambda size: 0 * size), at(lambda size: size // 2), at(_last)
+    return tf.maximum(tf.minimum(a, b), tf.minimum(tf.maximum(a, b), c))
+
+
+def _last(size: int | tf.Tensor) -> int | tf.Tensor:
+    return tf.maximum(size - 1, 0) if tf.is_tensor(size) else max(size - 1, 0)
+
+
+def zero_where_empty(values: tf.Tensor, counted: tf.Tensor) -> tf.Tensor:
+    return tf.where(counted > 0, values, tf.zeros_like(values))
+
+
+def zero_where_masked(values: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+    return values if mask is None else tf.where(mask, values, tf.zeros([], values.dtype))

@@ -1,0 +1,33 @@
+"""Checks and error texts that several rooms share."""
+
+import numbers
+from typing import Any
+
+
+def check_count(name: str, value: Any, least: int = 1, optional: bool = False) -> None:
+    """Raises unless ``value`` is a number of things, or None where that is optional."""
+    if optional and value is None:
+        return
+    if not is_integer(value) or value < least:
+        raise ValueError(
+            f"`{name}` must be an integer of at least {least}. Received: {name}={value!r}."
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, after its type: ``ValueError: shapes differ``.
+
+    An error without a message gives its type alone.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join([type(error).__name__, *lines[:1]])
+
+
+def is_integer(value: Any) -> bool:
+    """Whether ``value`` is a whole number; True and False are not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a real number; True and False are not."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

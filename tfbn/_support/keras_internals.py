@@ -1,0 +1,107 @@
+"""Every use of something that Keras or TensorFlow does not promise, in one place.
+
+Each function falls back on public behaviour when the private name is gone, and
+`tests/_support/test_keras_internals.py` fails on that day, so that somebody looks.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+_SUM_GRADIENTS = "_all_reduce_sum_gradients"
+
+
+def compiling_with_xla() -> bool:
+    """Whether the graph that is being traced belongs to a ``tf.function(jit_compile=True)``.
+
+    TensorFlow has no public way to ask. While it traces such a function, it enters an XLA control-flow
+    context, which ``tf.Graph._get_control_flow_context`` returns. Without that method the answer is
+    always False: results stay right, and XLA programs get the kernels of plain graphs, which are slower.
+    """
+    if tf.executing_eagerly():
+        return False
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None:
+        context = getattr(graph, "_get_control_flow_context", lambda: None)()
+        while context is not None:
+            if context.IsXLAContext():
+                return True
+            context = context.outer_context
+        graph = getattr(graph, "outer_graph", None)
+    return False
+
+
+def tracked_layers(layer: keras.layers.Layer) -> Iterable[keras.layers.Layer]:
+    """The layers that a plain Keras layer tracks, in order of definition.
+
+    Keras keeps them in ``layer._layers``. (Its ``_flatten_layers`` reverses siblings.) Without that
+    attribute they are collected from the layer's own attributes.
+    """
+    tracked = getattr(layer, "_layers", None)
+    if tracked is not None:
+        return tracked
+    # Keras's own lists come first among the attributes, so the last occurrence counts.
+    return reversed(dict.fromkeys(reversed(list(_layers_in(vars(layer).values())))))
+
+
+def _layers_in(values: Iterable[object]) -> Iterator[keras.layers.Layer]:
+    for value in values:
+        if isinstance(value, keras.layers.Layer):
+            yield value
+        elif isinstance(value, dict):
+            yield from _layers_in(value.values())
+        elif isinstance(value, list | tuple):
+            yield from _layers_in(value)
+
+
+def replace_tracked_layer(
+    parent: keras.layers.Layer, old: keras.layers.Layer, new: keras.layers.Layer
+) -> None:
+    """Makes a layer track ``new`` in the place of ``old``.
+
+    Setting the attribute is not enough: Keras keeps tracking the old layer, and tracks no new one once
+    the parent is built. Without the tracker only the attributes change.
+    """
+    tracker = getattr(parent, "_tracker", None)
+    if tracker is not None:
+        tracker.replace_tracked_value("layers", old, new)
+
+
+def mask_of(tensor: Any) -> tf.Tensor | None:
+    """The mask that Keras attached to a tensor, if there is one."""
+    return getattr(tensor, "_keras_mask", None)
+
+
+def take_restored_epoch(model: keras.Model) -> int | None:
+    """The epoch that a callback restored in ``on_train_begin``, if one did; forgotten once it is taken.
+
+    Keras's own callbacks tell `keras.Model.fit` by this attribute of the model.
+    """
+    epoch = getattr(model, "_initial_epoch", None)
+    model._initial_epoch = None  # The next run must not see it.
+    return epoch
+
+
+def sums_gradients_over_replicas(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether `gradients_summed` can keep this (unwrapped) optimizer from summing gradients itself."""
+    return hasattr(optimizer, _SUM_GRADIENTS)
+
+
+@contextlib.contextmanager
+def gradients_summed(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
+    """While open, this (unwrapped) optimizer takes gradients that are already summed over the replicas.
+
+    Keras's optimizers clip gradients and check them for overflow on each replica's share, and only then
+    sum them. Nothing public makes them take the sum. Without the private method this does nothing.
+    """
+    if not hasattr(optimizer, _SUM_GRADIENTS):
+        yield
+        return
+    setattr(optimizer, _SUM_GRADIENTS, list)
+    try:
+        yield
+    finally:
+        delattr(optimizer, _SUM_GRADIENTS)

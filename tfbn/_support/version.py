@@ -1,0 +1,3 @@
+"""The version of tfbn, as semantic versioning has it."""
+
+VERSION = "0.1.0"

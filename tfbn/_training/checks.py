@@ -1,0 +1,47 @@
+"""Checks of what users hand to the loop: each says what was wrong, what was received and what to do."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfbn._data.sources import ArraySource
+from tfbn._support.optimizers import unwrap_optimizer
+from tfbn._training.stream import Stream
+
+
+def check_batch_size(batch_size: int | None, *streams: Stream | None) -> None:
+    if batch_size is not None and not any(
+        s is not None and isinstance(s.source, ArraySource) for s in streams
+    ):
+        raise ValueError(
+            "`batch_size` is for arrays, and this data comes in batches already: leave it out. "
+            f"Received: batch_size={batch_size!r}."
+        )
+
+
+def check_sums(
+    optimizer: keras.optimizers.Optimizer,
+    loss: Any,
+    accumulation_steps: int,
+    strategy: tf.distribute.Strategy | None,
+) -> None:
+    """Refuses what would not be the gradient of the mean loss over all examples."""
+    inner = unwrap_optimizer(optimizer)
+    if accumulation_steps > 1 and inner.gradient_accumulation_steps:
+        raise ValueError(
+            "Gradients would be accumulated twice: set accumulation_steps of the loop, or "
+            "gradient_accumulation_steps of the optimizer, not both. Received: "
+            f"gradient_accumulation_steps={inner.gradient_accumulation_steps}."
+        )
+    replicas = 1 if strategy is None else strategy.num_replicas_in_sync
+    if accumulation_steps == replicas == 1:
+        return
+    who = "Accumulation" if accumulation_steps > 1 else "A strategy of several replicas"
+    for part in keras.tree.flatten(loss):
+        reduction = getattr(part, "reduction", "sum_over_batch_size")
+        if reduction not in ("sum_over_batch_size", "mean"):
+            raise ValueError(
+                f"{who} needs a loss that is a mean over the examples of a batch: take "
+                f"reduction='sum_over_batch_size'. Received: {part!r} with reduction={reduction!r}."
+            )

@@ -1,0 +1,100 @@
+"""What a `tf.distribute` strategy has to be, and has to have made, for a training loop to train with it."""
+
+import contextlib
+import warnings
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfbn._models.walk import batch_norm_layers
+from tfbn._support.optimizers import unwrap_optimizer
+
+STRATEGIES = (
+    tf.distribute.MirroredStrategy,
+    tf.distribute.MultiWorkerMirroredStrategy,
+    tf.distribute.OneDeviceStrategy,
+)
+
+
+def scope_of(strategy: tf.distribute.Strategy | None) -> contextlib.AbstractContextManager[Any]:
+    """The scope in which everything of the training is made."""
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def check_strategy(
+    strategy: tf.distribute.Strategy | None,
+    model: keras.Model,
+    optimizer: keras.optimizers.Optimizer,
+    metrics: Any,
+    jit_compile: bool | str,
+) -> None:
+    """Refuses what would not train, or not train right, on the replicas of the strategy."""
+    if strategy is not None and not isinstance(strategy, STRATEGIES):
+        raise TypeError(
+            "`strategy` must be None, a tf.distribute.MirroredStrategy, MultiWorkerMirroredStrategy or "
+            f"OneDeviceStrategy. Received: strategy={strategy!r} of type {type(strategy).__name__}."
+        )
+    home = model.distribute_strategy
+    if strategy is None and isinstance(home, STRATEGIES):
+        raise ValueError(
+            "The model was made in the scope of a strategy: pass strategy= that one to TrainingLoop. "
+            f"Received: strategy=None, and a model of {type(home).__name__}."
+        )
+    if strategy is None:
+        return
+    parts = {"model": model, "optimizer": optimizer} | {
+        f"metric {metric.name!r}": metric
+        for metric in keras.tree.flatten(metrics)
+        if isinstance(metric, keras.metrics.Metric)
+    }
+    outside = [
+        name
+        for name, part in parts.items()
+        if (name == "model" and home is not strategy)
+        or not all(strategy.extended.variable_created_in_scope(v.value) for v in part.variables)
+    ]
+    if outside:
+        raise ValueError(
+            "The model, the optimizer and the metrics must be made in the scope of the strategy: "
+            "`with strategy.scope(): model = ...; loop = tfbn.TrainingLoop(model, ..., strategy=strategy)`. "
+            f"Received: of another scope, or none: {', '.join(outside)}."
+        )
+    if strategy.num_replicas_in_sync > 1:
+        _check_replicas(strategy.num_replicas_in_sync, model, optimizer, jit_compile)
+
+
+def _check_replicas(
+    number: int,
+    model: keras.Model,
+    optimizer: keras.optimizers.Optimizer,
+    jit_compile: bool | str,
+) -> None:
+    if jit_compile is True:
+        raise ValueError(
+            "XLA cannot compile a step that replicas take together: pass jit_compile=False. "
+            f"Received: jit_compile=True and {number} replicas."
+        )
+    inner = unwrap_optimizer(optimizer)
+    for name, instead in (
+        ("gradient_accumulation_steps", "set accumulation_steps of the loop"),
+        ("ema_overwrite_frequency", "leave it out: the averages come in when training ends"),
+    ):
+        value = getattr(inner, name)
+        if value and not (name == "ema_overwrite_frequency" and not inner.use_ema):
+            raise ValueError(
+                f"TensorFlow cannot take an optimizer's `{name}` to several replicas; {instead}. "
+                f"Received: {name}={value} and {number} replicas."
+            )
+    alone = [
+        layer.name
+        for layer in batch_norm_layers(model)
+        if isinstance(layer, keras.layers.BatchNormalization) and not layer.synchronized
+    ]
+    if alone:
+        warnings.warn(
+            "Keras's batch normalization keeps moving statistics of its own on each replica, and only those "
+            "of the first are saved: `tfbn.convert(model)` in the scope of the strategy makes them one. "
+            f"Received: {number} replicas, and Keras's layers {', '.join(map(repr, alone))}.",
+            stacklevel=4,
+        )
