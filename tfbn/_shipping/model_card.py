@@ -42,9 +42,9 @@ outputs = serve({arguments})  # a dict
 
 ## Signature `{name}`
 
-{tables.markdown(["input", "shape", "type"], _rows(signature.inputs), left=3)}
+{tables.markdown(["input", "shape", "type"], _rows(signature.inputs))}
 
-{tables.markdown(["output", "shape", "type"], _rows(signature.outputs), left=3)}
+{tables.markdown(["output", "shape", "type"], _rows(signature.outputs))}
 
 The first axis is the batch{_batch_size(signature)}.
 

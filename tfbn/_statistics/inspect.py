@@ -92,7 +92,7 @@ class Inspection:
         title = f"{self.model}: {len(self.layers)} batch normalization layers"
         if not self.layers:
             return title
-        return tables.text(title, HEADER, [layer.cells() for layer in self.layers], left=3)
+        return tables.text(title, HEADER, [layer.cells() for layer in self.layers])
 
 
 def _state(layer: BatchNormLayer) -> str:

@@ -1,50 +1,99 @@
-"""Tables for people: on the terminal, by rich where it is installed, and in Markdown."""
+"""Tables for people: on the terminal, drawn by rich where it is installed, and in Markdown.
+
+Columns of numbers are aligned right, columns of text left.
+"""
 
 import io
+import itertools
+import re
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 
 Row = Sequence[str]
+_NUMBER = re.compile(r"[-+−]?(\d|inf\b|nan\b)|$")
+"""What a cell in a column of numbers begins with. It may be empty."""
+_UNLIMITED = 10_000
+_NARROWEST = 12
 
 
-def text(title: str, header: Row, rows: Sequence[Row], left: int = 1) -> str:
-    """A table for the terminal. The first columns, `left` of them, are aligned left, the others right.
+def text(title: str, header: Row, rows: Sequence[Row]) -> str:
+    """Returns a table for the terminal, with spaces as rules if rich is not installed.
 
-    Without rich it is made of spaces.
+    In a terminal, text that is too long for a line continues below in the same column. Elsewhere, a row
+    takes one line however long it is, so that programs can search it.
     """
+    width = line_width()
     try:
-        import rich.box
-        import rich.console
-        import rich.table
+        table = _rich(header, rows, width)
     except ImportError:
-        return _plain(title, header, rows, left)
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-    for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    page = io.StringIO()
-    # As wide as the table needs: a name that is cut, or broken in two, is of no use.
-    rich.console.Console(file=page, width=10_000, markup=False, highlight=False).print(table)
-    lines = [line.rstrip() for line in page.getvalue().splitlines()]
-    return "\n".join([title, *lines]).rstrip()
+        table = _plain(header, rows, width)
+    return "\n".join([textwrap.fill(title, width), *table])
 
 
-def markdown(header: Row, rows: Sequence[Row], left: int = 1) -> str:
-    """A table in Markdown, aligned likewise."""
-    rule = ["---" if number < left else "---:" for number in range(len(header))]
+def markdown(header: Row, rows: Sequence[Row]) -> str:
+    """Returns a table in Markdown."""
+    rule = ["---:" if numeric else "---" for numeric in _numeric_columns(header, rows)]
     lines = [header, rule, *rows]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
     )
 
 
-def _plain(title: str, header: Row, rows: Sequence[Row], left: int) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [
+def line_width() -> int:
+    """The width of the terminal; practically unlimited if the output is not a terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else _UNLIMITED
+
+
+def _numeric_columns(header: Row, rows: Sequence[Row]) -> list[bool]:
+    columns = zip(*rows, strict=True) if rows else [()] * len(header)
+    return [any(column) and all(map(_NUMBER.match, column)) for column in columns]
+
+
+def _rich(header: Row, rows: Sequence[Row], width: int) -> list[str]:
+    import rich.box
+    import rich.console
+    import rich.table
+
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+    for name, numeric in zip(header, _numeric_columns(header, rows), strict=True):
+        table.add_column(
+            name, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric
+        )
+    for row in rows:
+        table.add_row(*row)
+    page = io.StringIO()
+    rich.console.Console(file=page, width=width, markup=False, highlight=False).print(table)
+    return [line.rstrip() for line in page.getvalue().splitlines() if line.strip()]
+
+
+def _plain(header: Row, rows: Sequence[Row], width: int) -> list[str]:
+    numeric = _numeric_columns(header, rows)
+    widths = _fitting_widths([header, *rows], numeric, width)
+    lines = [line for row in [header, *rows] for line in _aligned(row, widths, numeric)]
+    head = len(_aligned(header, widths, numeric))
+    return [*lines[:head], "-" * max(map(len, lines)), *lines[head:]]
+
+
+def _fitting_widths(rows: Sequence[Row], numeric: Sequence[bool], width: int) -> list[int]:
+    """The width of each column. The widest columns of text become narrower until a line fits."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    texts = [index for index, is_numeric in enumerate(numeric) if not is_numeric]
+    while texts and sum(widths) + 2 * (len(widths) - 1) > width:
+        widest = max(texts, key=widths.__getitem__)
+        if widths[widest] <= _NARROWEST:
+            break
+        widths[widest] -= 1
+    return widths
+
+
+def _aligned(row: Row, widths: Sequence[int], numeric: Sequence[bool]) -> list[str]:
+    cells = [textwrap.wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
+    return [
         "  ".join(
-            cell.ljust(width) if number < left else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+            part.rjust(width) if is_numeric else part.ljust(width)
+            for part, width, is_numeric in zip(parts, widths, numeric, strict=True)
         ).rstrip()
-        for row in [header, *rows]
+        for parts in itertools.zip_longest(*cells, fillvalue="")
     ]
-    return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tfbn._support import tables
+from tfbn._support.reports import Report, plain
 
 
 class Outcome(enum.StrEnum):
@@ -43,7 +44,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class FoldReport:
+class FoldReport(Report):
     """What became of each batch normalization layer, and what difference it makes.
 
     `print(report)` shows a table.
@@ -67,15 +68,17 @@ class FoldReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it in plain types, fit for JSON."""
-        return {
-            "layers": [{**asdict(row), "outcome": row.outcome.value} for row in self.rows],
-            "difference": self.difference,
-            "tolerance": self.tolerance,
-        }
+        return plain(
+            {
+                "layers": [{**asdict(row), "outcome": row.outcome.value} for row in self.rows],
+                "difference": self.difference,
+                "tolerance": self.tolerance,
+            }
+        )
 
     def to_markdown(self) -> str:
         """A sentence and a table in Markdown."""
-        return f"{self.summary()}\n\n{tables.markdown(_HEADER, self._cells(), left=3)}\n"
+        return f"{self.summary()}\n\n{tables.markdown(_HEADER, self._cells())}\n"
 
     def summary(self) -> str:
         """One sentence."""
@@ -87,7 +90,7 @@ class FoldReport:
         )
 
     def __str__(self) -> str:
-        return tables.text(self.summary(), _HEADER, self._cells(), left=3)
+        return tables.text(self.summary(), _HEADER, self._cells())
 
     def _cells(self) -> list[list[str]]:
         return [[r.path, r.outcome.value, r.into or r.reason or ""] for r in self.rows]

@@ -1,0 +1,47 @@
+"""What every report of a tool has in common: text, Markdown, a notebook cell, and JSON."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+class Report:
+    """A result that shows itself.
+
+    A subclass defines `__str__` for the terminal, `to_markdown` for notebooks and documents, and
+    `to_dict` for programs. A notebook calls `_repr_markdown_`.
+    """
+
+    def to_markdown(self) -> str:
+        """Returns the report as Markdown."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report in plain types that JSON can represent."""
+        raise NotImplementedError
+
+    def _repr_markdown_(self) -> str:
+        return self.to_markdown()
+
+
+def plain(value: Any) -> Any:
+    """Converts nested values to types that JSON can represent.
+
+    JSON has no NaN and no Infinity: a number that is not finite becomes None.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def count(number: int, one: str, many: str | None = None) -> str:
+    """Returns a number with its noun: ``1 batch``, ``2 batches``, ``1,437 examples``.
+
+    Args:
+        number: How many.
+        one: The singular.
+        many: The plural; by default the singular with an s.
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
