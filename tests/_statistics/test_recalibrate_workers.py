@@ -64,8 +64,8 @@ def test_two_workers_diagnose_what_all_data_shows(workers, together):
             "log_variance_ratio": np.mean(np.log((1 + EPSILON) / sigma**2)),
         }
         if batches:
-            within = np.mean([part.var(0) for part in batches], 0)
-            expected["within_batch"] = np.mean(np.log((1 + EPSILON) / (within + EPSILON)))
+            spread = np.var([part.mean(0) for part in batches], 0)
+            expected["batch_noise"] = np.sqrt(np.mean(spread / sigma**2))
         assert {key: layer[key] for key in expected} == pytest.approx(expected, rel=1e-4)
 
 

@@ -1,1 +1,1 @@
-"""Why training and inference disagree: evidence from the data, findings from the evidence, and the report."""
+"""Explains why training and inference disagree: measures evidence, looks up causes, reports findings."""

@@ -1,4 +1,4 @@
-"""What a diagnosis says, for people and for programs."""
+"""The result of a diagnosis: text for people, plain types for programs, and a picture."""
 
 import dataclasses
 import math
@@ -7,9 +7,11 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from tfbn._statistics.diagnose.causes import LOG_VARIANCE_RATIO, MEAN_SHIFT
 from tfbn._statistics.diagnose.evidence import LayerEvidence
-from tfbn._statistics.diagnose.findings import RATIO, SHIFT, Finding, as_dict
+from tfbn._statistics.diagnose.finding import Finding
 from tfbn._support import tables
+from tfbn._support.reports import Report, count, plain
 
 LAYER_HEADER = (
     "layer",
@@ -21,24 +23,23 @@ LAYER_HEADER = (
     "findings",
 )
 WIDTH = 80
-"""Of what is printed, but for tables and calls."""
-MODE_ORDER = ("training", "inference", "recalibrated")
+"""The width of printed text, except for tables and code."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Diagnosis:
-    """What `diagnose` found. It prints as tables; it is true if there is any finding.
+class Diagnosis(Report):
+    """What `tfbn.diagnose` found. It is true if there are findings; printed, it shows tables.
 
     Attributes:
-        findings: The `Finding`s, the worst first: ``severity``, ``kind``, ``layers``, ``what``,
-            ``evidence``, ``cure``.
+        findings: The findings, the most severe first.
         layers: What was measured of each layer.
-        modes: The loss and the metrics on this data, by mode: "training" (each batch normalized by itself,
-            all else as in inference), "inference" (by the moving statistics) and "recalibrated" (by those
-            of all data: what `tfbn.recalibrate` would give). Empty without labels or a compiled loss.
+        modes: The loss and the metrics on this data by mode: "training" (each batch is normalized by its own
+            statistics; everything else runs as in inference), "inference" (moving statistics), and
+            "recalibrated" (statistics of all data, as `tfbn.recalibrate` would set them). Empty if the data
+            has no labels or the model no compiled loss.
         passes: How many passes over the data it took.
-        batches: How many batches a pass had.
-        examples: How many examples they held.
+        batches: The number of batches in a pass.
+        examples: The number of examples in a pass.
     """
 
     findings: tuple[Finding, ...]
@@ -52,12 +53,12 @@ class Diagnosis:
         return bool(self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it in plain Python, ready for JSON: a number that is not finite is None."""
-        return _plain(
+        """Returns the diagnosis in plain types that JSON can represent; numbers that are not finite are None."""
+        return plain(
             {
-                "findings": [as_dict(finding) for finding in self.findings],
-                "layers": [dataclasses.asdict(layer) for layer in self.layers],
-                "modes": {mode: dict(values) for mode, values in self.modes.items()},
+                "findings": [dict(vars(finding)) for finding in self.findings],
+                "layers": [dict(vars(layer)) for layer in self.layers],
+                "modes": self.modes,
                 "passes": self.passes,
                 "batches": self.batches,
                 "examples": self.examples,
@@ -65,10 +66,10 @@ class Diagnosis:
         )
 
     def to_markdown(self) -> str:
-        """The same as when printed, for a report."""
-        parts = [f"{len(self.findings)} findings. {self._extent()}"]
+        """Returns the same content as `str`, as Markdown."""
+        parts = [f"{count(len(self.findings), 'finding')}. {self._extent()}."]
         parts += [
-            f"- **{finding.severity}, {finding.kind}** ({_of(finding)}): {finding.what} {_numbers(finding)}  \n"
+            f"- **{finding.severity}, {finding.kind}** ({_concerned(finding)}): {_sentence(finding)}  \n"
             f"  Cure: `{finding.cure}`"
             for finding in self.findings
         ]
@@ -81,10 +82,10 @@ class Diagnosis:
         """Draws how far each layer's moving statistics are off, beside the noise of its batches.
 
         Args:
-            path: Of the picture, with the ending of its format.
+            path: The file to write. Its suffix selects the format.
 
         Raises:
-            ImportError: Without matplotlib, which the extra ``plots`` brings.
+            ImportError: If matplotlib is not installed; the extra ``plots`` installs it.
         """
         try:
             from matplotlib.figure import Figure
@@ -94,42 +95,36 @@ class Diagnosis:
                 f"'.[plots]'). Received: {error}."
             ) from error
         layers = [layer for layer in self.layers if layer.measured]
-        suspects = {name for finding in self.findings for name in finding.layers}
-        colors = ["#D55E00" if layer.layer in suspects else "#0072B2" for layer in layers]
+        named = {name for finding in self.findings for name in finding.layers}
+        colors = ["#D55E00" if layer.layer in named else "#0072B2" for layer in layers]
         positions = list(range(len(layers)))
         figure = Figure(
             figsize=(10, 1.5 + 0.28 * max(len(layers), 4)), dpi=120, layout="constrained"
         )
         mean, variance = figure.subplots(1, 2, sharey=True)
         mean.barh(positions, [layer.mean_shift for layer in layers], color=colors)
-        mean.plot(
-            [layer.batch_noise for layer in layers],
-            positions,
-            "k|",
-            markersize=9,
-            label="noise of a batch",
-        )
-        mean.set_xlabel("moving mean off by (σ)")
+        noise = [layer.batch_noise for layer in layers]
+        mean.plot(noise, positions, "k|", markersize=9, label="noise of a batch")
+        mean.set_xlabel("distance of the moving mean (σ)")
         mean.legend(loc="best")
-        variance.barh(
-            positions, [layer.log_variance_ratio / math.log(2) for layer in layers], color=colors
-        )
-        variance.set_xlabel("moving variance: log₂ of its ratio to the true one")
+        doublings = [layer.log_variance_ratio / math.log(2) for layer in layers]
+        variance.barh(positions, doublings, color=colors)
+        variance.set_xlabel("log₂ of moving variance / true variance")
         mean.set_yticks(positions, [layer.layer for layer in layers])
         mean.invert_yaxis()
-        # On a scale on which what is healthy looks so.
-        mean.set_xlim(0, max(2 * SHIFT, mean.get_xlim()[1]))
-        reach = max(2 * RATIO / math.log(2), *map(abs, variance.get_xlim()))
+        # On this scale, healthy layers look healthy.
+        mean.set_xlim(0, max(2 * MEAN_SHIFT, mean.get_xlim()[1]))
+        reach = max(2 * LOG_VARIANCE_RATIO / math.log(2), *map(abs, variance.get_xlim()))
         variance.set_xlim(-reach, reach)
         for axes in (mean, variance):
             axes.grid(axis="x", alpha=0.3)
             axes.set_axisbelow(True)
-        figure.suptitle(f"{len(self.findings)} findings (orange: layers that they name)")
+        figure.suptitle(f"{count(len(self.findings), 'finding')} (orange: the layers concerned)")
         figure.savefig(path)
 
     def __str__(self) -> str:
         parts = [_text(finding) for finding in self.findings]
-        parts = parts or ["No findings: the moving statistics are those of the data."]
+        parts = parts or ["No findings: the moving statistics match the data."]
         title = f"Batch normalization layers. {self._extent()}"
         parts.append(tables.text(title, LAYER_HEADER, self._layer_rows()))
         if self.modes:
@@ -137,7 +132,8 @@ class Diagnosis:
         return "\n\n".join(parts)
 
     def _extent(self) -> str:
-        return f"{self.examples} examples in {self.batches} batches, {self.passes} passes"
+        examples, batches = count(self.examples, "example"), count(self.batches, "batch", "batches")
+        return f"{examples} in {batches}, {count(self.passes, 'pass', 'passes')}"
 
     def _layer_rows(self) -> list[list[str]]:
         rows = []
@@ -148,34 +144,31 @@ class Diagnosis:
                 f"{math.exp(layer.log_variance_ratio):.2f}",
                 f"{layer.batch_noise:.2f} σ",
             ]
-            rows.append(
-                [
-                    layer.layer,
-                    layer.state,
-                    str(layer.calls),
-                    *(measured if layer.measured and not layer.not_finite else ["", "", ""]),
-                    ", ".join(kinds),
-                ]
-            )
+            if not layer.measured or layer.not_finite:
+                measured = [""] * len(measured)
+            rows.append([layer.layer, layer.state, str(layer.calls), *measured, ", ".join(kinds)])
         return rows
 
     def _mode_table(self) -> tuple[list[str], list[list[str]]]:
         names = list(self.modes["inference"])
-        rows = [[m, *(f"{self.modes[m][name]:.4g}" for name in names)] for m in MODE_ORDER]
+        rows = [
+            [mode, *(f"{values[name]:.4g}" for name in names)]
+            for mode, values in self.modes.items()
+        ]
         return ["mode", *names], rows
 
 
 def _text(finding: Finding) -> str:
-    """A finding for the terminal. A call that cures it is not broken in two."""
-    what = textwrap.wrap(f"{finding.what} {_numbers(finding)}", WIDTH - 4, break_long_words=False)
+    """A finding for the terminal. Code in the cure is not wrapped."""
+    lines = textwrap.wrap(_sentence(finding), WIDTH - 4, break_long_words=False)
     cure = f"cure: {finding.cure}".split("; and ")
     cure = [*(f"{call}; and" for call in cure[:-1]), cure[-1]]
-    head = f"{finding.severity}: {finding.kind} ({_of(finding)})"
-    return "\n    ".join([head, *what, "\n          ".join(cure)])
+    head = f"{finding.severity}: {finding.kind} ({_concerned(finding)})"
+    return "\n    ".join([head, *lines, "\n          ".join(cure)])
 
 
-def _of(finding: Finding) -> str:
-    """Which layers, or how many."""
+def _concerned(finding: Finding) -> str:
+    """The layers concerned, or how many there are."""
     if not finding.layers:
         return "the model"
     if len(finding.layers) <= 3:
@@ -183,15 +176,6 @@ def _of(finding: Finding) -> str:
     return f"{finding.layers[0]}, {finding.layers[1]} and {len(finding.layers) - 2} more layers"
 
 
-def _numbers(finding: Finding) -> str:
-    return "; ".join(f"{name} {value:.3g}" for name, value in finding.evidence.items()) + (
-        "." if finding.evidence else ""
-    )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _sentence(finding: Finding) -> str:
+    numbers = "; ".join(f"{name} {value:.3g}" for name, value in finding.evidence.items())
+    return f"{finding.explanation} {numbers}." if numbers else finding.explanation
