@@ -104,12 +104,14 @@ def test_a_layer_that_holds_its_model_ends_the_search():
 
 
 def test_what_is_no_layer_is_refused():
-    with pytest.raises(TypeError, match=r"Keras model or layer only\. Received: model='model' of"):
+    with pytest.raises(
+        TypeError, match=r"must be a Keras model or layer\. Received: model='model' of"
+    ):
         batch_norm_layers("model")
 
 
 def test_keras_still_tracks_layers_where_we_look():
-    """When this fails, Keras has renamed it: `_models.children` falls back on the attributes."""
+    """When this fails, Keras has renamed `_layers`, and `children` falls back on the attributes."""
     block = Block(BatchNormalization, "b")
     assert {block.first, *block.listed, block.inner, block.last} < set(block._layers)
 

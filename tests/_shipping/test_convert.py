@@ -1,4 +1,4 @@
-"""Exchanging batch normalization layers changes nothing else of a model."""
+"""Converting batch normalization layers changes nothing else in a model."""
 
 from __future__ import annotations
 
@@ -250,7 +250,9 @@ def test_it_can_be_trained_on_where_it_stopped():
 def test_a_loss_that_cannot_be_serialized_leaves_it_uncompiled_with_a_warning():
     model = sequential()
     model.compile("sgd", loss=lambda y, z: keras.ops.mean(keras.ops.square(y - z)))
-    with pytest.warns(UserWarning, match=r"is not compiled. Received: .* Compile it"):
+    with pytest.warns(
+        UserWarning, match=r"Cannot compile the copy .* Received: .* Compile the copy"
+    ):
         ours = tfbn.convert(model)
     assert model.compiled
     assert not ours.compiled
@@ -316,7 +318,9 @@ def test_what_keras_has_no_equivalent_of_is_refused_by_name(option, value):
     model = keras.Sequential(
         [keras.Input((6, 4)), tfbn.BatchNormalization(**{option: value}, name="special")]
     )
-    with pytest.raises(ValueError, match=rf"layer 'special' does. Received: {option}=") as raised:
+    with pytest.raises(
+        ValueError, match=rf"the layer 'special': .* lacks .* Received: {option}="
+    ) as raised:
         tfbn.convert(model, to=Stock)
     assert repr(value) in str(raised.value)
     assert type(tfbn.convert(model).layers[0]) is tfbn.BatchNormalization
@@ -326,13 +330,13 @@ def test_contradictory_options_are_refused_by_the_name_of_the_layer():
     model = keras.Sequential(
         [keras.Input((6, 4)), tfbn.BatchNormalization(virtual_batch_size=2, name="ghost")]
     )
-    with pytest.raises(ValueError, match=r"The layer 'ghost' cannot be converted: .*synchronized"):
+    with pytest.raises(ValueError, match=r"Cannot convert the layer 'ghost': .*synchronized"):
         tfbn.convert(model, synchronized=True)
 
 
 def test_another_class_to_convert_to_is_refused():
     with pytest.raises(
-        ValueError, match=r"become tfbn.BatchNormalization or .* Received: to=<class"
+        ValueError, match=r"`to` must be tfbn.BatchNormalization or .* Received: to=<class"
     ):
         tfbn.convert(sequential(), to=layers.LayerNormalization)
 
@@ -342,7 +346,7 @@ def test_a_subclass_with_a_behaviour_of_its_own_is_refused():
         pass
 
     model = keras.Sequential([keras.Input((4,)), Special(name="mine")])
-    with pytest.raises(ValueError, match=r"The layer 'mine' is of a subclass .*Special"):
+    with pytest.raises(ValueError, match=r"the layer 'mine': its class .* Received: .*Special"):
         tfbn.convert(model)
 
 
@@ -358,7 +362,7 @@ def test_a_layer_that_its_config_cannot_make_again_is_refused():
     x = keras.Input((4,))
     model = keras.Model(x, NeedsArray(np.zeros(3), name="array")(x))
     with pytest.raises(
-        ValueError, match=r"layer 'array' of class NeedsArray cannot be made again .*get_config"
+        ValueError, match=r"Cannot copy the layer 'array' of class NeedsArray .*get_config"
     ):
         tfbn.convert(model)
 
@@ -377,7 +381,7 @@ def test_a_layer_whose_inside_hangs_on_more_than_its_config_is_refused():
     growing = Growing(name="growing")
     growing.parts.append(Stock())
     x = keras.Input((4,))
-    with pytest.raises(ValueError, match="does not have the layers inside that it had"):
+    with pytest.raises(ValueError, match=r"it holds other layers\. Received: \['BatchNorm"):
         tfbn.convert(keras.Model(x, growing(x)))
 
 
@@ -387,9 +391,17 @@ def test_a_functional_class_with_a_constructor_of_its_own_becomes_a_plain_model(
             x = keras.Input((4,))
             super().__init__(x, Stock()(layers.Dense(width)(x)))
 
-    with pytest.warns(UserWarning, match="is a Functional, no Named"):
+    with pytest.warns(UserWarning, match="is a Functional, not a Named"):
         ours = tfbn.convert(Named(3))
     assert ours.output_shape == (None, 3)
+
+
+@pytest.mark.parametrize("inside", [[], [keras.Input((3,))]], ids=["empty", "input"])
+def test_an_empty_sequential_gives_an_empty_one(inside):
+    ours = tfbn.convert(keras.Sequential(inside, name="nothing"))
+    assert (type(ours), ours.name, ours.layers) == (keras.Sequential, "nothing", [])
+    ours.add(layers.Dense(2))
+    assert ours(np.ones((1, 3))).shape == (1, 2)
 
 
 def test_what_is_no_model_is_refused():

@@ -171,7 +171,7 @@ def test_large_models_keep_their_weights_in_variables(tmp_path, monkeypatch):
     ("make", "error", "text"),
     [
         (lambda: "model.keras", TypeError, r"Only a Keras model.*Received: model='model.keras'"),
-        (Subclassed, ValueError, r"call the model on an example first.*Received: model"),
+        (Subclassed, ValueError, r"Call it on an example first.*Received: model"),
     ],
 )
 def test_what_cannot_be_exported(tmp_path, make, error, text):

@@ -1,4 +1,4 @@
-"""Models from outside: finding their layers, stepping into their calls, and building them again.
+"""Models as a whole: finding their layers, intercepting their calls, copying and comparing them.
 
 Imports: `_layer` and below.
 """

@@ -1,4 +1,4 @@
-"""Whether two models give the same outputs, and on what inputs to ask."""
+"""Comparing the outputs of two models, and drawing the inputs to compare them on."""
 
 import numbers
 from typing import Any
@@ -10,38 +10,42 @@ import tensorflow as tf
 from tfbn._models.walk import walk
 
 TOLERANCES = {"float16": 3e-2, "bfloat16": 2e-1}
-"""For models that compute in half precision: their outputs are that uncertain after some ten layers."""
+"""Tolerances for half precision: roughly the rounding error that ten layers accumulate."""
 DEFAULT_TOLERANCE = 1e-4
 
 
 def tolerance_for(model: keras.layers.Layer, given: float | None) -> float:
-    """How far outputs may be apart, relative to the largest, for models that are the same but for rounding.
+    """The largest difference that rounding may cause between equivalent models, relative to the largest output.
 
     Args:
         model: The model.
-        given: What the user says; None for what the precision of the model allows.
+        given: The tolerance that the user passed. `None` chooses one from the compute dtypes of the model.
 
     Raises:
-        ValueError: if what is given is no number of at least 0.
+        ValueError: If `given` is not a number of at least 0.
     """
     if given is not None:
         if not (isinstance(given, numbers.Real) and given >= 0):
-            raise ValueError(f"`tolerance` must be a number, at least 0. Received: {given!r}.")
+            raise ValueError(
+                f"`tolerance` must be a number of at least 0. Received: tolerance={given!r}."
+            )
         return given
-    used = {layer.compute_dtype for layer in walk(model, set())}
+    used = {layer.compute_dtype for layer in walk(model)}
     return max([TOLERANCES[dtype] for dtype in used & set(TOLERANCES)] or [DEFAULT_TOLERANCE])
 
 
 def random_inputs(specs: Any, batch_size: int, unknown: int = 32) -> Any:
-    """Inputs for a model: normal numbers, zeros and ones for integers and truth values; the same every time.
+    """Draws inputs for a model: normal numbers, or zeros and ones for integers and booleans.
+
+    The seed is fixed, so every call returns the same inputs.
 
     Args:
-        specs: What has a shape and a dtype for each input, nested.
-        batch_size: The size of the first axis, where it is open.
-        unknown: The size of every other axis of which it is not known.
+        specs: A nested structure with a `shape` and a `dtype` for each input.
+        batch_size: The size of the first axis where the shape leaves it open.
+        unknown: The size of every other open axis.
 
     Raises:
-        ValueError: for an input of strings.
+        ValueError: If an input is neither numeric nor boolean.
     """
     rng = np.random.default_rng(0)
 
@@ -54,38 +58,38 @@ def random_inputs(specs: Any, batch_size: int, unknown: int = 32) -> Any:
         if dtype.is_integer or dtype.is_bool:
             return tf.cast(rng.integers(0, 2, size=shape), dtype)
         raise ValueError(
-            f"No random inputs can be made of this type: pass some. Received: {dtype.name}."
+            f"Cannot draw random inputs of this dtype. Pass `inputs`. Received: dtype={dtype.name}."
         )
 
     return keras.tree.map_structure(draw, specs)
 
 
 def difference(expected: Any, actual: Any) -> float:
-    """The largest difference between outputs, each relative to the largest value expected of it.
+    """The largest difference between two nests of outputs, each relative to its largest expected value.
 
     Raises:
-        ValueError: if an expected output is not finite, or nothing is expected.
+        ValueError: If an expected output is not finite, or all of them are empty.
     """
     outputs = [[_as_array(x) for x in keras.tree.flatten(nest)] for nest in (expected, actual)]
     if not any(output.size for output in outputs[0]):
         raise ValueError(
-            "The outputs are empty, so nothing can be compared: pass inputs with an example at least. "
-            f"Received: outputs of the shapes {[output.shape for output in outputs[0]]}."
+            "The outputs are empty, so they cannot be compared. Pass inputs with at least one example. "
+            f"Received: outputs of shapes {[output.shape for output in outputs[0]]}."
         )
     return max(_difference(*pair) for pair in zip(*outputs, strict=True))
 
 
 def advice(model: keras.Model, inputs: Any, tolerance: float) -> str:
-    """What to do where another model gave other outputs than this one."""
+    """What to do when the outputs of a model differ from those of its copy by more than the tolerance."""
     apart = difference(*(model(inputs, training=False) for _ in range(2)))
     if apart > tolerance:
         return (
-            f"Two calls of the model itself are {apart:.2g} apart: its outputs are random. Take the randomness out of "
-            "it, or pass tolerance=float('inf') to compare nothing."
+            f"The outputs of the model are random: two calls on the same inputs differ by {apart:.2g}. Remove the "
+            "randomness, or pass tolerance=float('inf') to skip the comparison."
         )
     return (
-        "Pass a larger tolerance if the model computes in low precision or its outputs are very small on "
-        "random inputs; or pass inputs like those of your data."
+        "If the model computes in low precision, pass a larger `tolerance`. If its outputs are very small on random "
+        "inputs, pass `inputs` that resemble your data."
     )
 
 
@@ -98,11 +102,13 @@ def _difference(expected: np.ndarray, actual: np.ndarray) -> float:
         return float("inf")
     if not np.all(np.isfinite(expected)):
         raise ValueError(
-            "Outputs of the model are not finite, so nothing can be compared with them. Pass inputs for which "
-            "they are, or look for a weight that is not finite."
+            "The outputs of the model are not finite, so they cannot be compared. Pass inputs that give finite "
+            "outputs, or look for weights that are not finite."
         )
     if not expected.size:
         return 0.0
     largest = float(np.max(np.abs(expected)))
-    apart = float(np.max(np.abs(actual - expected)))  # NaN stays NaN, and is within no tolerance.
+    apart = float(
+        np.max(np.abs(actual - expected))
+    )  # NaN stays NaN, which exceeds every tolerance.
     return apart / largest if largest else apart

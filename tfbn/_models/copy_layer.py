@@ -1,4 +1,4 @@
-"""One layer anew: made from its config, built as the old one was, given its weights, put in its place."""
+"""Copying a single layer: its config, its build, its weights and state, and its place in a parent."""
 
 import contextlib
 import inspect
@@ -13,14 +13,14 @@ from tfbn._support.keras_internals import replace_tracked_layer
 
 
 def copy_operation(operation: keras.Operation, **changes: Any) -> keras.Operation:
-    """A layer (or an operation of a graph) made again from its config, unbuilt.
+    """Creates a layer, or an operation of a graph, again from its config. The copy is not built.
 
     Args:
-        operation: What to copy.
-        **changes: Entries of the config that shall be others.
+        operation: The layer or operation to copy.
+        **changes: Entries of the config to override.
 
     Raises:
-        ValueError: if it cannot be made from its config.
+        ValueError: If the layer cannot be created from its config.
     """
     try:
         config = {**operation.get_config(), **changes}
@@ -29,17 +29,17 @@ def copy_operation(operation: keras.Operation, **changes: Any) -> keras.Operatio
         new = type(operation).from_config(_for_constructor(type(operation), config))
         new.name = config.get("name", operation.name)
         return new
-    except Exception as error:  # Whatever the class of the user raises.
+    except Exception as error:  # The class of the user can raise anything.
         raise ValueError(
-            f"The layer '{operation.name}' of class {type(operation).__name__} cannot be made again from "
-            f"its config. Received: {first_line(error)} "
-            f"Give {type(operation).__name__} a get_config that returns the arguments of its __init__, as "
-            "Keras needs it for saving too."
+            f"Cannot copy the layer '{operation.name}' of class {type(operation).__name__} from its config. "
+            f"Received: {first_line(error)} "
+            f"Give {type(operation).__name__} a `get_config` that returns the arguments of its `__init__`, "
+            "which Keras also needs to save the layer."
         ) from error
 
 
 def _for_constructor(kind: Any, config: dict[str, Any]) -> dict[str, Any]:
-    """Without what Keras adds to every config, where the constructor does not take it."""
+    """The config without the entries that Keras always adds and this constructor does not accept."""
     parameters = inspect.signature(kind.__init__).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return config
@@ -48,7 +48,7 @@ def _for_constructor(kind: Any, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _copy_lambda(layer: keras.layers.Lambda, config: dict[str, Any]) -> keras.layers.Lambda:
-    # From its config it would lose the globals that its function uses.
+    # Its config would lose the globals that its function uses.
     shape = config.get("output_shape")
     base = {name: config[name] for name in ("name", "trainable", "dtype")}
     return keras.layers.Lambda(
@@ -61,8 +61,9 @@ def _copy_lambda(layer: keras.layers.Lambda, config: dict[str, Any]) -> keras.la
 
 
 def build_alike(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
+    """Builds a layer for the shapes that another was built for, with weights of the same paths."""
     with contextlib.ExitStack() as stack:
-        # Keras warns of what it cannot build from outside: then the layers inside are built one by one.
+        # Keras warns about models that it cannot build from outside. Their layers are built one by one.
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         scopes = (old.path or old.name).split("/")
@@ -75,14 +76,14 @@ def build_alike(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
 def move_weights(
     old: keras.layers.Layer, new: keras.layers.Layer, moved: set[int] | None = None
 ) -> None:
-    """Assigns the weights of one layer to those of another, except to those in `moved`."""
+    """Assigns the weights of one layer to those of another, except those whose `id` is in `moved`."""
     moved = set() if moved is None else moved
     shapes = [[tuple(weight.shape) for weight in layer.weights] for layer in (old, new)]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"The layer '{old.name}' of class {type(old).__name__}, made again from its config, does not "
-            f"have the weights that it had. Received: shapes {shapes[1]} where there were {shapes[0]}. "
-            f"Let {type(old).__name__} make all of its weights in __init__ or build, from its config."
+            f"Cannot copy the layer '{old.name}' of class {type(old).__name__}: created from its config, it has "
+            f"other weights. Received: shapes {shapes[1]} instead of {shapes[0]}. "
+            f"Let {type(old).__name__} create all of its weights in `__init__` or `build`, from its config."
         )
     for source, target in zip(old.weights, new.weights, strict=True):
         if id(target) not in moved:
@@ -91,7 +92,7 @@ def move_weights(
 
 
 def move_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    """What is no weight, such as a vocabulary, or is made of weights: Keras's hooks for saving carry it."""
+    """Copies state that is not a weight, such as a vocabulary, through Keras's hooks for saving."""
     kind = type(old)
     if kind is type(new) and kind.load_own_variables is not keras.layers.Layer.load_own_variables:
         store: dict[str, Any] = {}
@@ -106,10 +107,10 @@ def move_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
 def swap_child(
     parent: keras.layers.Layer, old: keras.layers.Layer, new: keras.layers.Layer
 ) -> None:
-    """Puts a layer in the place of another inside a layer: in attributes, lists and dicts.
+    """Replaces a layer inside its parent: in attributes, tuples, lists and dicts.
 
-    Keras has no public way: it goes on tracking a layer that an attribute held, and tracks no new one
-    once the parent is built.
+    Assigning the attribute is not enough: Keras keeps tracking the old layer, and a parent that is built
+    tracks no new ones.
     """
     replace_tracked_layer(parent, old, new)
     for name, value in list(vars(parent).items()):
@@ -122,7 +123,7 @@ def swap_child(
 
 
 def _swap_item(container: Any, old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    # Around Keras's lists and dicts that track: the tracker knows already.
+    # Bypasses the tracking of Keras's own lists and dicts: the tracker was updated above.
     if isinstance(container, list):
         for index, item in enumerate(container):
             if item is old:

@@ -1,4 +1,4 @@
-"""What Keras knows of a model's graph: its inputs and outputs, and what kind of model it is."""
+"""The inputs and outputs of a model, as its Keras graph or its build config records them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,26 +8,26 @@ import keras
 
 
 def is_functional(layer: Any) -> bool:
-    """Whether this is a Functional model: a model whose graph Keras knows."""
+    """Whether this is a Functional model, that is, a model with a Keras graph."""
     return isinstance(layer, keras.Model) and isinstance(layer, keras.Function)
 
 
 def functional_of(model: keras.Sequential) -> keras.Model:
-    """A built Sequential model as the function of one input that it is, with its own layers."""
+    """A Functional model with the layers of a built Sequential model."""
     return keras.Model(model.inputs[0], model.outputs[0], name=model.name)
 
 
 def seen_inputs(model: keras.Model) -> Any:
-    """The inputs that a subclassed model was built for, as symbolic tensors of any batch size, nested.
+    """Symbolic tensors like the inputs that a subclassed model was built with, of any batch size.
 
     Raises:
-        ValueError: if it was not built by a call with one argument.
+        ValueError: If the model was not built by a call with a single argument.
     """
     shapes = (model.get_build_config() or {}).get("input_shape")
     if shapes is None:
         raise ValueError(
-            "The shapes of the inputs are not known: call the model on an example first, with one argument "
-            f"for all inputs. Received: model '{model.name}' of class {type(model).__name__}."
+            "The input shapes of the model are unknown. Call it on an example first, with a single argument "
+            f"that holds all inputs. Received: model '{model.name}' of class {type(model).__name__}."
         )
     return keras.tree.map_shape_structure(
         lambda shape: keras.KerasTensor((None, *shape[1:]), dtype=model.input_dtype), shapes
@@ -35,9 +35,9 @@ def seen_inputs(model: keras.Model) -> Any:
 
 
 def key_names(structure: Any) -> list[str]:
-    """Names for what a dict holds: its keys, and of what is nested in it all on the way, as `boxes_0`.
+    """Names for the values of a dict: their keys, joined with those of nested values, as in `boxes_0`.
 
-    None at all for what is no dict.
+    A structure that is not a dict has no names.
     """
     if not isinstance(structure, dict):
         return []
@@ -45,12 +45,12 @@ def key_names(structure: Any) -> list[str]:
 
 
 def is_custom(layer: keras.layers.Layer) -> bool:
-    """Whether this is of a class that does not come with Keras."""
+    """Whether the class of this layer is not part of Keras."""
     return not type(layer).__module__.startswith("keras.")
 
 
 def input_layer(model: keras.Model, tensor: keras.KerasTensor) -> keras.layers.InputLayer:
-    """The layer behind one of the inputs of a Functional model: it has the name that users know."""
+    """The input layer of one of the inputs of a Functional model; it carries the name that users gave."""
     (layer,) = (
         layer
         for layer in model.layers
@@ -60,7 +60,7 @@ def input_layer(model: keras.Model, tensor: keras.KerasTensor) -> keras.layers.I
 
 
 def input_like(model: keras.Model, tensor: keras.KerasTensor) -> keras.KerasTensor:
-    """A new input, equal to this one of a Functional model."""
+    """A new input with the shape, dtype and name of this input of a Functional model."""
     layer = input_layer(model, tensor)
     return keras.Input(
         batch_shape=tensor.shape,
@@ -73,7 +73,10 @@ def input_like(model: keras.Model, tensor: keras.KerasTensor) -> keras.KerasTens
 
 @contextlib.contextmanager
 def without_compilation(model: keras.Model) -> Iterator[None]:
-    """Keras compiles the clone of a compiled model, and fails on a loss that it cannot serialize."""
+    """While open, the model claims not to be compiled.
+
+    Otherwise `keras.models.clone_model` compiles the clone and fails on losses that it cannot serialize.
+    """
     compiled, model.compiled = model.compiled, False
     try:
         yield

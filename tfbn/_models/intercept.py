@@ -1,4 +1,4 @@
-"""The calls of a model's layers while it runs or is traced: stepping in between, and what feeds what."""
+"""Intercepting the calls of layers while a model runs or is traced."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -14,11 +14,11 @@ from tfbn._normalize.dispatch import without_gradients
 def calls_replaced(
     replacements: Iterable[tuple[keras.layers.Layer, Callable[..., Any]]],
 ) -> Iterator[None]:
-    """While open, each of these layers runs the given function in place of its own ``call``.
+    """While open, each of these layers runs the given function instead of its own `call`.
 
-    Keras looks ``layer.call`` up on the instance, so this holds wherever the layer is: in a
-    Functional, Sequential or subclassed model, in a wrapper, shared by several parents. Functions
-    that were compiled before keep what they were traced with. Blocks nest.
+    Keras looks up `layer.call` on the instance, so this works wherever the layer is: in a Functional,
+    Sequential or subclassed model, in a wrapper, or shared by several parents. Functions that were traced
+    earlier are not affected. Contexts can be nested.
     """
     before = []
     try:
@@ -36,12 +36,11 @@ def calls_replaced(
 
 @contextlib.contextmanager
 def isolated_tracing() -> Iterator[None]:
-    """While open, a model can be traced into a function of one's own that leaves no trace in the model.
+    """While open, tracing a model into a function reads nothing from earlier traces and leaves none behind.
 
-    A ``tf.function`` inside the one that is being traced becomes a part of its graph: left alone, it
-    would run what it was traced with before, and it would keep, for its owner to run later, what it is
-    traced with now. Functions to be traced here need ``get_concrete_function``. Nor do our layers leave
-    gradients behind, which TensorFlow would keep.
+    A `tf.function` inside the model would reuse its earlier trace, and would keep the new one, with its
+    intercepted layers, for later calls. Here it runs as plain Python, so trace the outer function with
+    `get_concrete_function`. Our layers define no gradients, because TensorFlow would keep them.
     """
     before = tf.config.functions_run_eagerly()
     tf.config.run_functions_eagerly(True)

@@ -1,7 +1,7 @@
-"""Building a model anew: some layers replaced, the others copied, all weights moved over.
+"""Copying a model with some of its layers replaced.
 
-Keras knows the graph of Functional and Sequential models and rebuilds them around new layers. A layer
-or model of the user's own is made again from its config, and then the layers inside it are exchanged.
+Keras clones Functional and Sequential models around new layers. A custom layer or model is created again
+from its config, and then the layers inside it are replaced.
 """
 
 import contextlib
@@ -26,19 +26,19 @@ from tfbn._support.checks import first_line
 def rebuild(
     model: keras.layers.Layer, replacements: Mapping[int, keras.layers.Layer]
 ) -> keras.layers.Layer:
-    """A copy of the model in which some layers are others.
+    """Copies a model, with some of its layers replaced.
 
     Args:
-        model: A model, or any layer. It stays as it is.
-        replacements: The new layer, unbuilt, for the `id` of each layer to replace. It takes the weights of
-            the old one.
+        model: A model, or any layer. It is not modified.
+        replacements: A new, unbuilt layer for the `id` of each layer to replace. It receives the weights of
+            the layer that it replaces.
 
     Returns:
-        The copy. Layers that were shared are shared in it; it is compiled if the model is, and
-        then its optimizer goes on where the model's stands.
+        The copy. Shared layers are shared in the copy too. If the model is compiled, so is the copy, with
+        the state of the optimizer.
 
     Raises:
-        ValueError: if a layer cannot be made again from its config.
+        ValueError: If a layer cannot be created from its config.
     """
     copies = Copies(model, replacements)
     new = copies.copy_and_build(model)
@@ -49,11 +49,11 @@ def rebuild(
 
 
 class Copies:
-    """Copies of the layers of a model, each made once, so that shared layers are shared again.
+    """Copies the layers of a model, each once, so that shared layers are shared in the copy too.
 
     Args:
-        model: The model that the layers are from.
-        replacements: Layers to take instead of a copy, by the `id` of the original.
+        model: The model that holds the layers.
+        replacements: Layers to use instead of a copy, by the `id` of the original.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Copies:
         self._meet(model)
 
     def copy(self, layer: Any) -> Any:
-        """The copy of this layer, or of this operation of a graph."""
+        """The copy of a layer, or of an operation of a graph."""
         self._originals[id(layer)] = layer
         if id(layer) in self._copies:
             return self._copies[id(layer)]
@@ -75,7 +75,9 @@ class Copies:
             self._meet(layer)
         if is_functional(layer):
             new = self._functional(layer)
-        elif isinstance(layer, keras.Sequential):
+        elif (
+            isinstance(layer, keras.Sequential) and layer.layers
+        ):  # Keras cannot clone an empty one.
             with without_compilation(layer):
                 new = keras.models.clone_model(layer, clone_function=self.copy_and_build)
             _warn_of_another_class(layer, new)
@@ -89,31 +91,30 @@ class Copies:
 
     @property
     def originals(self) -> dict[int, Any]:
-        """What each copy was made of, by the `id` of the copy."""
+        """The original of each copy, by the `id` of the copy."""
         return {id(self._copies[number]): layer for number, layer in self._originals.items()}
 
     def copy_and_build(self, layer: Any) -> Any:
-        """The copy, with weights of the same paths: not of those where it is called first."""
+        """The copy, built here so that its weights keep their paths, wherever it is called first."""
         new = self.copy(layer)
         if isinstance(layer, keras.layers.Layer):
-            for old in _parents_first([layer]):  # They may build their children themselves.
+            for old in _parents_first([layer]):  # A parent may build its children itself.
                 copied = self._copies.get(id(old))
                 if copied is not None and old.built and not copied.built:
                     build_alike(old, copied)
         return new
 
     def transfer_state(self) -> None:
-        """Moves weights, state and trainable flags over."""
+        """Copies weights, state and trainable flags."""
         originals = list(self._originals.values())
         pairs = [(old, self._copies[id(old)]) for old in originals]
         pairs = [pair for pair in pairs if isinstance(pair[0], keras.layers.Layer)]
         moved: set[int] = set()
         for old, new in pairs:
             move_state(old, new)
-            move_weights(old, new, moved)  # Bit for bit: some hooks merge weights, of LoRA for one.
-        for old in _parents_first(
-            old for old, _ in pairs
-        ):  # A parent's flag goes down to its children.
+            move_weights(old, new, moved)  # Bit for bit. Some hooks merge weights, as for LoRA.
+        # Setting a parent's flag also sets those of its children.
+        for old in _parents_first(old for old, _ in pairs):
             copied = self._copies.get(id(old))
             if copied is not None and copied.trainable != old.trainable:
                 copied.trainable = old.trainable
@@ -131,7 +132,7 @@ class Copies:
         return keras.saving.custom_object_scope(self._custom_classes)
 
     def _concerns(self, layer: keras.layers.Layer) -> bool:
-        """Whether something inside is to be replaced, or is shared with the outside."""
+        """Whether a layer inside is to be replaced, or has several parents."""
         inside = [inner for inner in walk(layer, set()) if inner is not layer]
         return any(id(i) in self._replacements or self._parents[id(i)] > 1 for i in inside)
 
@@ -145,24 +146,23 @@ class Copies:
         return new
 
     def _match_inside(self, layer: keras.layers.Layer, new: keras.layers.Layer) -> None:
-        """Exchanges the layers inside a copy for what they are to be, and keeps track of the others."""
+        """Replaces layers inside a copy, and records the copies of the others."""
         concerns = self._concerns(layer)
         if not _alike(layer, new) and (concerns or is_custom(layer)):
-            build_alike(layer, new)  # It makes its layers when it is built.
+            build_alike(layer, new)  # It creates its layers in `build`.
         if concerns or _alike(layer, new):
             self._pair(layer, new)
 
     def _pair(self, old: keras.layers.Layer, new: keras.layers.Layer) -> None:
         if not _alike(old, new):
             raise ValueError(
-                f"The layer '{old.name}' of class {type(old).__name__}, made again from its config, does "
-                "not have the layers inside that it had. "
-                f"Received: {_kinds(new)} where there were {_kinds(old)}. "
-                f"Let {type(old).__name__} make all of its layers in __init__ or build, from its config."
+                f"Cannot copy the layer '{old.name}' of class {type(old).__name__}: created from its config, it "
+                f"holds other layers. Received: {_kinds(new)} instead of {_kinds(old)}. "
+                f"Let {type(old).__name__} create all of its layers in `__init__` or `build`, from its config."
             )
         self._originals[id(old)] = old
         self._copies[id(old)] = new
-        new.name = old.name  # A layer that its parent does not name has a new number by now.
+        new.name = old.name  # Keras has numbered unnamed layers anew.
         for old_child, new_child in zip(children(old), list(children(new)), strict=True):
             if id(old_child) in self._copies or self._concerns_itself(old_child):
                 swap_child(new, new_child, self.copy(old_child))
@@ -176,15 +176,13 @@ class Copies:
 def _compile_alike(old: keras.Model, new: keras.Model) -> None:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # About saving a loss that is a lambda: it is not saved.
+            warnings.simplefilter("ignore")  # Keras warns that a lambda cannot be saved.
             new.compile_from_config(old.get_compile_config())
-    except Exception as error:  # A loss or a metric of the user's own can raise anything.
+    except Exception as error:  # A custom loss or metric can raise anything.
         warnings.warn(
-            f"The new model '{new.name}' is not compiled. "
+            f"Cannot compile the copy of the model '{old.name}' from its compile config. "
             f"Received: {first_line(error)} "
-            "Compile it with the same arguments as the old one.",
+            "Compile the copy with the arguments that you passed to `compile`.",
             stacklevel=4,
         )
         return
@@ -197,14 +195,15 @@ def _compile_alike(old: keras.Model, new: keras.Model) -> None:
 def _warn_of_another_class(old: keras.Model, new: keras.Model) -> None:
     if type(new) is not type(old):
         warnings.warn(
-            f"The copy of the model '{old.name}' is a {type(new).__name__}, no {type(old).__name__}: Keras "
-            "cannot make one from a graph. Its layers and outputs are the same, its methods are gone.",
+            f"The copy of the model '{old.name}' is a {type(new).__name__}, not a {type(old).__name__}, because "
+            f"Keras cannot create a {type(old).__name__} from a graph. The copy has the same layers and outputs, "
+            f"but lacks the methods of {type(old).__name__}.",
             stacklevel=5,
         )
 
 
 def _parents_first(layers: Iterable[keras.layers.Layer]) -> list[keras.layers.Layer]:
-    """These layers and all inside, each after all those that hold it."""
+    """These layers and all layers inside them, each after all of its parents."""
     seen: set[int] = set()
     children_first: list[keras.layers.Layer] = []
 

@@ -1,4 +1,4 @@
-"""What a served model takes and gives, and by which names."""
+"""The names, shapes and dtypes of the inputs and outputs of a served model."""
 
 import re
 from collections.abc import Iterable
@@ -18,13 +18,12 @@ from tfbn._support.checks import first_line
 
 
 class Signature(NamedTuple):
-    """Inputs and outputs of a model.
+    """The inputs and outputs of a model.
 
     Attributes:
-        structure: The inputs, nested as the model takes them: a `tf.TensorSpec` each.
+        structure: A `tf.TensorSpec` for each input, nested as the model expects them.
         inputs: The same, flat.
-        outputs: A `tf.TensorSpec` for each output, flat, the batch size and other sizes unknown where the
-            model leaves them open.
+        outputs: A `tf.TensorSpec` for each output, flat. Axes that the model leaves open have size `None`.
     """
 
     structure: Any
@@ -33,35 +32,34 @@ class Signature(NamedTuple):
 
 
 def signature_of(model: keras.Model) -> Signature:
-    """The signature of a model: the names are those of its input and output layers, or the keys of a dict.
+    """The signature of a model, with the names of its input and output layers, or the keys of a dict.
 
-    Where a dict holds dicts or lists, a name is all keys and numbers on the way, as `boxes_0`.
+    Values nested in a dict get all keys and positions on the way, as in `boxes_0`.
 
     Raises:
-        ValueError: if the model is not built, or has been called with several arguments.
+        ValueError: If the model is not built, or its `call` does not work with a single symbolic argument.
     """
     if isinstance(model, keras.Sequential) and model.built:
         model = functional_of(model)
     if is_functional(model):
-        given, made = model.input, model.output
-        given_names = [input_layer(model, tensor).name for tensor in keras.tree.flatten(given)]
-        made_names = model.output_names
+        inputs, outputs = model.input, model.output
+        input_names = [input_layer(model, tensor).name for tensor in keras.tree.flatten(inputs)]
+        output_names = model.output_names
     else:
-        given = seen_inputs(model)
+        inputs = seen_inputs(model)
         try:
-            made = model.compute_output_spec(given)
+            outputs = model.compute_output_spec(inputs)
         except Exception as error:  # `call` is the user's own code.
             raise ValueError(
-                "What the model gives cannot be found out from the inputs that it was built for: let `call` "
-                f"take one argument for all inputs. Received: model '{model.name}' of class "
+                "Cannot infer the model's outputs from the inputs it was built with. Let `call` work on symbolic "
+                f"tensors, with one argument for all inputs. Received: model '{model.name}' of class "
                 f"{type(model).__name__}, {first_line(error)}"
             ) from error
-        given_names = _numbered("input", keras.tree.flatten(given))
-        made_names = _numbered("output", keras.tree.flatten(made))
-    inputs = _specs(key_names(given) or given_names, keras.tree.flatten(given))
-    structure = keras.tree.pack_sequence_as(given, inputs)
-    outputs = _specs(key_names(made) or made_names, keras.tree.flatten(made))
-    return Signature(structure, inputs, outputs)
+        input_names = _numbered("input", keras.tree.flatten(inputs))
+        output_names = _numbered("output", keras.tree.flatten(outputs))
+    input_specs = _specs(key_names(inputs) or input_names, keras.tree.flatten(inputs))
+    output_specs = _specs(key_names(outputs) or output_names, keras.tree.flatten(outputs))
+    return Signature(keras.tree.pack_sequence_as(inputs, input_specs), input_specs, output_specs)
 
 
 def _numbered(name: str, values: list[Any]) -> list[str]:
@@ -71,7 +69,7 @@ def _numbered(name: str, values: list[Any]) -> list[str]:
 def _specs(names: Iterable[str], tensors: Iterable[Any]) -> list[tf.TensorSpec]:
     found: dict[str, tf.TensorSpec] = {}
     for name, tensor in zip(names, tensors, strict=True):
-        # TensorFlow's signatures take names that are fit for arguments.
+        # Names in a TensorFlow signature must be valid argument names.
         clean = stem = re.sub(r"\W|^(?=\d)", "_", name)
         number = 0
         while clean in found:

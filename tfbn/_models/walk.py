@@ -1,7 +1,4 @@
-"""Finding the batch normalization layers of a model, however they are nested.
-
-This is the one room that knows where Keras keeps the layers inside a layer.
-"""
+"""Finding the layers of a model, however they are nested."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias
@@ -19,29 +16,33 @@ CLASSES = (keras.layers.BatchNormalization, BatchNormalization)
 def batch_norm_layers(model: keras.layers.Layer) -> list[BatchNormLayer]:
     """All batch normalization layers of a model, Keras's and ours, each once, in order of definition.
 
-    They are found in nested Functional, Sequential and subclassed models, inside plain layers and
-    wrappers, and in lists, tuples and dicts of layers that Keras tracks. A layer that is shared by several
-    parents comes where it is met first.
+    Searches nested Functional, Sequential and subclassed models, layers and wrappers, and the lists, tuples
+    and dicts of layers that Keras tracks. A layer with several parents is listed where it is found first.
 
     Args:
         model: A model, or any layer.
 
     Returns:
-        The layers, possibly none. A subclassed model shows the layers that it makes in `build` or on its
-        first call only after that.
+        The layers. Layers that a subclassed model creates in `build` or `call` are missing until then.
 
     Raises:
-        TypeError: if `model` is no Keras model or layer.
+        TypeError: If `model` is not a Keras model or layer.
     """
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(
-            "Batch normalization layers can be looked for in a Keras model or layer only. "
-            f"Received: model={model!r} of type {type(model).__name__}."
+            f"`model` must be a Keras model or layer. Received: model={model!r} of type {type(model).__name__}."
         )
-    return [layer for layer in walk(model, set()) if isinstance(layer, CLASSES)]
+    return [layer for layer in walk(model) if isinstance(layer, CLASSES)]
 
 
-def walk(layer: keras.layers.Layer, seen: set[int]) -> Iterator[keras.layers.Layer]:
+def walk(layer: keras.layers.Layer, seen: set[int] | None = None) -> Iterator[keras.layers.Layer]:
+    """This layer and all layers inside it, parents first, each once.
+
+    Args:
+        layer: A layer or model.
+        seen: The `id` of each layer to skip. Layers that were visited are added to it.
+    """
+    seen = set() if seen is None else seen
     if id(layer) in seen:
         return
     seen.add(id(layer))
@@ -51,22 +52,22 @@ def walk(layer: keras.layers.Layer, seen: set[int]) -> Iterator[keras.layers.Lay
 
 
 def children(layer: keras.layers.Layer) -> Iterable[keras.layers.Layer]:
-    """The layers directly inside, in order of definition."""
+    """The layers directly inside a layer, in order of definition."""
     if isinstance(layer, keras.Model):
         return layer.layers
     return tracked_layers(layer)
 
 
 def name_of(layer: keras.layers.Layer) -> str:
-    """What to call a layer in reports: its name, after those of the models it is in."""
-    return str(layer.path or layer.name)  # Only a built one has a path.
+    """The name of a layer in reports: its path, or its name before it is built."""
+    return str(layer.path or layer.name)
 
 
 def strategy_of(model: keras.layers.Layer) -> tf.distribute.Strategy:
-    """The strategy that the model was made under, or the one in scope."""
+    """The strategy that the model was created under, or else the current one."""
     return getattr(model, "distribute_strategy", None) or tf.distribute.get_strategy()
 
 
 def statistics_are_frozen(layer: BatchNormLayer) -> bool:
-    """Whether the layer runs in inference mode though it is called with ``training=True``."""
+    """Whether the layer runs in inference mode even when it is called with `training=True`."""
     return not layer.trainable or getattr(layer, "freeze_statistics", False)

@@ -1,4 +1,4 @@
-"""Exchanging the batch normalization layers of a model: Keras's for ours, and ours for Keras's."""
+"""Converting batch normalization layers between Keras's class and ours."""
 
 import inspect
 from typing import Any
@@ -16,29 +16,29 @@ def convert(
     *,
     synchronized: bool | None = None,
 ) -> keras.Model:
-    """The same model with every batch normalization layer of another class, or synchronized.
+    """Copies a model, with its batch normalization layers converted to another class.
 
-    Names, weights, their order, dtypes, trainable flags and the arguments recorded on calls stay;
-    there and back again is the identity, bit for bit. Functional, Sequential and subclassed models,
-    nested or not, shared layers and wrappers are rebuilt; a layer or model of a class of your own is made
-    again from its config, which takes a `get_config` as saving does, and then its batch normalization
-    layers are exchanged where its attributes, lists and dicts hold them. A Functional model whose
-    class has a constructor of its own becomes a plain `keras.Model`, with a warning. If the model is
-    compiled, so is the result, and the state of the optimizer moves over.
+    The copy keeps names, weights and their order, dtypes, trainable flags and the arguments recorded on
+    calls. Converting there and back again is the identity, bit for bit. Works on Functional, Sequential and
+    subclassed models, nested or not, with shared layers and wrappers. A custom layer or model is created
+    again from its config, so it needs a `get_config`, as for saving; then its batch normalization
+    layers are replaced in its attributes, lists and dicts. A Functional model whose class has its own
+    constructor becomes a plain `keras.Model`, with a warning. If the model is compiled, so is the copy, with
+    the state of the optimizer.
 
     Args:
-        model: A Keras model, built, or any layer. It stays as it is.
+        model: A built Keras model, or any layer. It is not modified.
         to: `tfbn.BatchNormalization` or `keras.layers.BatchNormalization`.
-        synchronized: Whether the replicas of a `tf.distribute` strategy shall share the statistics of the
-            global batch. By default each layer stays as it is.
+        synchronized: Whether the replicas of a `tf.distribute` strategy share the statistics of the global
+            batch. By default each layer keeps its setting.
 
     Returns:
-        A new model with weights of its own.
+        A new model with its own weights.
 
     Raises:
-        TypeError: if `model` is no Keras model or layer.
-        ValueError: if `to` is another class; if a layer uses what `to` does not have, or is of a subclass
-            with a behaviour of its own; if a layer cannot be made again from its config.
+        TypeError: If `model` is not a Keras model or layer.
+        ValueError: If `to` is another class; if a layer uses an option that `to` lacks, or is of a subclass
+            with its own behavior; if a layer cannot be created from its config.
 
     Example:
         >>> ours = tfbn.convert(keras.applications.ResNet50(weights=None))
@@ -47,7 +47,7 @@ def convert(
     """
     if to not in CLASSES:
         raise ValueError(
-            "Batch normalization layers become tfbn.BatchNormalization or keras.layers.BatchNormalization. "
+            "`to` must be tfbn.BatchNormalization or keras.layers.BatchNormalization. "
             f"Received: to={to!r}."
         )
     layers = batch_norm_layers(model)
@@ -59,8 +59,8 @@ def _converted(
 ) -> BatchNormLayer:
     if type(layer) not in CLASSES:
         raise ValueError(
-            f"The layer '{layer.name}' is of a subclass whose own behaviour would be lost. "
-            f"Received: {type(layer).__module__}.{type(layer).__name__}. Exchange it by hand."
+            f"Cannot convert the layer '{layer.name}': its class may behave differently. "
+            f"Received: {type(layer).__module__}.{type(layer).__name__}, a subclass. Replace the layer by hand."
         )
     config = layer.get_config()
     if synchronized is not None:
@@ -71,18 +71,19 @@ def _converted(
         return to.from_config(config)
     except (TypeError, ValueError) as error:  # Keras wraps what the constructor raises.
         reason = str(error).split("Exception encountered: ")[-1]
-        raise ValueError(f"The layer '{layer.name}' cannot be converted: {reason}") from error
+        raise ValueError(f"Cannot convert the layer '{layer.name}': {reason}") from error
 
 
 def _stock_config(
     layer: BatchNormLayer, config: dict[str, Any], to: type[BatchNormLayer]
 ) -> dict[str, Any]:
-    """The config for Keras's layer, if that one can do all that ours is asked to."""
+    """The config for Keras's layer, which must support every option that the layer uses."""
 
     def refuse(option: str, value: Any) -> None:
         raise ValueError(
-            f"keras.layers.BatchNormalization of Keras {keras.__version__} cannot do what the layer "
-            f"'{layer.name}' does. Received: {option}={value!r}. Change the option, or keep tfbn's layer."
+            f"Cannot convert the layer '{layer.name}': keras.layers.BatchNormalization of Keras "
+            f"{keras.__version__} lacks one of its options. Received: {option}={value!r}. "
+            "Change the option, or keep tfbn's layer."
         )
 
     config = dict(config)
