@@ -338,7 +338,7 @@ def test_metrics_that_the_diagnosis_builds_hold_no_counts():
 def test_labels_that_the_loss_cannot_take_are_named(healthy):
     words = np.array(["one", "two", "three", "four"])[LABELS]
     data = tf.data.Dataset.from_tensor_slices((IMAGES, words)).batch(32)
-    with pytest.raises(ValueError, match="cannot be computed on these labels.*tf.string"):
+    with pytest.raises(ValueError, match=r"cannot be computed on these labels.*tf\.string"):
         tfbn.diagnose(healthy, data, steps=1, upstream="batch")
     assert not any("call" in vars(layer) for layer in healthy.layers)
     healthy.loss = None  # What needs no labels works with any.

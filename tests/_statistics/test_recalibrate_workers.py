@@ -53,8 +53,9 @@ def test_two_workers_diagnose_what_all_data_shows(workers, together):
     (finding,) = before["findings"]
     assert (finding["kind"], len(finding["layers"])) == ("never_updated", 2)
     assert not after["findings"]
-    shares = {"apart": [0, 4, 8, 12, 16, 19, 23], "synchronized": [0, 8, 16, 23]}[together]
-    seen = {"first": (X, parts(shares)), "second": (hidden([X]), None)}
+    replicas = [0, 4, 8, 12, 16, 19, 23]  # their shares
+    shares = {"apart": replicas, "synchronized": [0, 8, 16, 23]}[together]
+    seen = {"first": (X, parts(replicas)), "second": (hidden([X]), None)}
     for layer in before["layers"]:
         values, batches = seen[layer["layer"].rsplit("/", 1)[-1]]
         sigma = np.sqrt(values.var(0) + EPSILON)
