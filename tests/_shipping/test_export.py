@@ -1,7 +1,5 @@
 """What is exported serves without tfbn, answers as the model does, and is there whole or not at all."""
 
-import errno
-import os
 import resource
 import shutil
 import subprocess
@@ -15,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 import tfbn
-from tfbn._shipping import atomic_directory, export
+from tfbn._shipping import export
 
 
 def trained(norm=tfbn.BatchNormalization, **arguments):
@@ -200,11 +198,15 @@ def test_an_old_export_stays_unless_it_may_be_replaced(tmp_path):
 def test_something_else_is_never_replaced(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"Something else than a SavedModel.*stays"):
+    with pytest.raises(
+        FileExistsError, match="exists and is not a SavedModel; it was not modified"
+    ):
         tfbn.export(trained(), tmp_path / "notes", overwrite=True)
     assert (tmp_path / "notes" / "a.txt").read_text() == "mine"
     (tmp_path / "link").symlink_to("nowhere")
-    with pytest.raises(FileExistsError, match=r"Something else than a SavedModel.*stays"):
+    with pytest.raises(
+        FileExistsError, match="exists and is not a SavedModel; it was not modified"
+    ):
         tfbn.export(trained(), tmp_path / "link", overwrite=True)
 
 
@@ -278,141 +280,6 @@ def test_outputs_that_are_not_finite(exported):
     with pytest.raises(ValueError, match="not finite"):
         tfbn.export(broken, path, overwrite=True, fold=False)
     expect(path, old)
-
-
-def test_a_rename_that_fails_puts_the_old_one_back(exported, monkeypatch):
-    path, old = exported
-    rename = Path.rename
-
-    def failing(self, target):
-        if self.name == "new":
-            raise OSError(errno.EIO, "Input/output error")
-        return rename(self, target)
-
-    monkeypatch.setattr(atomic_directory, "_swap", lambda *_: False)
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="Input/output error"):
-        tfbn.export(trained(), path, overwrite=True)
-    monkeypatch.undo()
-    expect(path, old)
-
-
-@pytest.mark.parametrize("swaps", [True, False])
-def test_a_directory_is_replaced_with_all_that_is_in_it(tmp_path, monkeypatch, swaps):
-    if not swaps:
-        monkeypatch.setattr(atomic_directory, "_swap", lambda *_: False)
-    for name in ("first", "second"):
-        with atomic_directory.atomic_directory(tmp_path / "x", True, lambda _: True) as folder:
-            (folder / name).touch()
-    assert [p.name for p in tmp_path.rglob("*")] == ["x", "second"]
-
-
-# Each moment in a process of its own, forked before TensorFlow starts threads: to import it takes seconds.
-KILLED = """
-    import os, shutil, signal, sys, threading
-    from pathlib import Path
-    import keras
-    import tfbn
-    from tfbn._shipping import export
-    from tfbn._shipping import atomic_directory
-
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def watch(folder):
-        while not any(path.is_file() for path in folder.rglob("*")):
-            pass
-        die()
-
-    def before_renaming(name):
-        def rename(self, target, rename=Path.rename):
-            return die() if self.name == name else rename(self, target)
-        atomic_directory._swap = lambda *_: False
-        Path.rename = rename
-
-    def while_writing():
-        def write(*arguments, write=export._write):
-            threading.Thread(target=watch, args=[arguments[-1]]).start()
-            write(*arguments)
-            die()
-        export._write = write
-
-    MOMENTS = {
-        "while writing": while_writing,
-        "before comparing": lambda: setattr(export, "_difference", lambda *_: die()),
-        "before renaming": lambda: before_renaming("served"),
-        "between renames": lambda: before_renaming("new"),
-        "before cleaning up": lambda: setattr(shutil, "rmtree", lambda *_, **__: die()),
-    }
-    for folder in sorted(Path(sys.argv[1]).iterdir()):
-        if not (child := os.fork()):
-            MOMENTS[folder.name]()
-            inputs = keras.Input((6, 6, 2), name="image")
-            x = keras.layers.Flatten()(inputs)
-            model = keras.Model(inputs, keras.layers.Dense(3, name="scores", kernel_initializer="zeros")(x))
-            tfbn.export(model, folder / "served", overwrite=True)
-            os._exit(1)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, folder
-"""
-MOMENTS = [
-    "while writing",
-    "before comparing",
-    "before renaming",
-    "between renames",
-    "before cleaning up",
-]
-
-
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """A SavedModel for each moment, over which one was being exported when the process was killed."""
-    old, root = trained(), tmp_path_factory.mktemp("killed")
-    for moment in MOMENTS:
-        tfbn.export(old, root / moment / "served")
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(root)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        check=True,
-        timeout=200,
-    )
-    return root, old
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_process(killed, moment):
-    """Its leavings are hidden, and go with the next export, which puts back what was moved away."""
-    root, old = killed
-    path = root / moment / "served"
-    assert len([p for p in path.parent.iterdir() if p.name.startswith(".served.")]) == 1
-    assert path.exists() == (moment != "between renames")
-    with pytest.raises(FileExistsError):
-        tfbn.export(old, path)
-    if moment == "before cleaning up":
-        np.testing.assert_array_equal(serve(path)(image=images(2))["scores"], np.zeros((2, 3)))
-    else:
-        expect(path, old)
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_one_that_is_being_written_is_left_alone(tmp_path):
-    with atomic_directory.atomic_directory(tmp_path / "x", False, lambda _: False) as first:
-        (first / "a").write_text("first")
-        with atomic_directory.atomic_directory(tmp_path / "y", False, lambda _: False) as other:
-            (other / "b").write_text("other")
-        with atomic_directory.atomic_directory(tmp_path / "x", False, lambda _: False) as second:
-            (second / "a").write_text("second")
-        assert (first / "a").read_text() == "first"
-        (tmp_path / "x" / "a").unlink()
-    assert (tmp_path / "x" / "a").read_text() == "first"
-
-
-def test_what_another_name_left_behind_is_left_alone(tmp_path):
-    old = tmp_path / ".x.more.abcd.tmp" / "old"
-    old.mkdir(parents=True)
-    (old.parent / "lock").touch()
-    with atomic_directory.atomic_directory(tmp_path / "x", False, lambda _: False):
-        assert not (tmp_path / "x").exists()
-    assert old.exists()
 
 
 @pytest.mark.parametrize("folded", [True, False])

@@ -1,8 +1,6 @@
-"""Putting a directory in its place whole, or not at all."""
+"""Replacing a directory as a whole, or not at all."""
 
 import contextlib
-import ctypes
-import fcntl
 import os
 import re
 import shutil
@@ -10,80 +8,80 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-"""Of Linux: relative to the current directory; and both names must exist, and are swapped."""
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
 def atomic_directory(path: Path, overwrite: bool, is_ours: Callable[[str], bool]) -> Iterator[Path]:
-    """A directory to write into, which is moved to its place when the block ends without an error.
+    """Yields a directory to write to, and moves it to `path` if the block ends without an error.
 
-    It lies in a hidden directory beside the place, named `.NAME.*.tmp`. If the block raises, all of it is
-    removed. If the process is killed, it is left behind, and the next call for the same place removes it.
+    The directory to write to is inside a hidden one beside `path`, named `.NAME.*.tmp`. Two renames
+    replace an existing directory: the old one moves into the hidden directory, then the new one takes its
+    place. If anything raises, `KeyboardInterrupt` included, the old directory is moved back.
 
-    Where the system can swap two directories at once, there is one in the place at any time. Elsewhere old
-    and new are exchanged by two renames; should a kill hit in between, the next call puts the old one back.
+    A process that is killed leaves its hidden directory behind. The next call for the same path moves an
+    old directory back that such a process had moved away, and removes the hidden one. A lock
+    that ends with its process tells abandoned directories from those still in use. On a system
+    without `fcntl` (Windows) there is no such lock, and abandoned directories stay.
 
     Args:
-        path: The place.
-        overwrite: Whether what is there may be replaced.
-        is_ours: Whether a directory is of the kind that may be replaced.
+        path: Where the directory is to be. Missing parents are created.
+        overwrite: Whether an existing directory may be replaced.
+        is_ours: Tells whether an existing directory is of the kind that may be replaced.
 
     Raises:
-        FileExistsError: before the block runs, if something is there that may not be replaced.
+        FileExistsError: If `path` exists and may not be replaced; usually before the block runs.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _clean_up_after_killed(path)
-    _require_free(path, overwrite, is_ours)
+    _recover_from_killed(path)
+    _require_replaceable(path, overwrite, is_ours)
     hidden = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        with _locked(hidden):
-            new, old = hidden / "new", hidden / "old"
+    with _locked(hidden):
+        try:
+            new = hidden / "new"
             new.mkdir()
             yield new
-            _require_free(path, overwrite, is_ours)
-            if not (path.exists() and _swap(new, path)):
-                if path.exists():
-                    path.rename(old)
-                try:
-                    new.rename(path)
-                except OSError:
-                    if old.exists():
-                        old.rename(path)
-                    raise
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+            _require_replaceable(path, overwrite, is_ours)
+            if os.path.lexists(path):
+                path.rename(hidden / "old")
+            new.rename(path)
+        finally:
+            _restore_and_remove(hidden, path)
 
 
-def _require_free(path: Path, overwrite: bool, is_ours: Callable[[str], bool]) -> None:
+def _require_replaceable(path: Path, overwrite: bool, is_ours: Callable[[str], bool]) -> None:
     if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return
     if not is_ours(str(path)):
         raise FileExistsError(
-            f"Something else than a SavedModel is there already, and stays. Received: path='{path}'. "
+            f"The path exists and is not a SavedModel; it was not modified. Received: path='{path}'. "
             "Choose another path."
         )
     if not overwrite:
         raise FileExistsError(
-            f"A SavedModel is there already. Received: path='{path}', overwrite=False. "
+            f"The path already contains a SavedModel. Received: path='{path}', overwrite=False. "
             "Choose another path, or pass overwrite=True to replace it."
         )
 
 
-def _swap(one: Path, other: Path) -> bool:
-    """Exchanges two directories at once, if the system and the file system can; whether they did."""
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2  # Python has no name for it.
-    except (AttributeError, OSError):
-        return False
-    names = os.fsencode(one), os.fsencode(other)
-    return renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
+def _restore_and_remove(hidden: Path, path: Path) -> None:
+    """Moves the old directory back unless a new one took its place, then removes the hidden one."""
+    old = hidden / "old"
+    if os.path.lexists(old) and not os.path.lexists(path):
+        old.rename(path)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds a lock that ends with the process, however that ends."""
-    descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+def _locked(hidden: Path) -> Iterator[None]:
+    """Holds a lock that the system releases when the process ends, however it ends."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(hidden / "lock", os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -91,19 +89,23 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _clean_up_after_killed(path: Path) -> None:
-    name = re.compile(rf"\.{re.escape(path.name)}\.[^.]+\.tmp")  # Not of NAME.more.
-    for hidden in filter(lambda entry: name.fullmatch(entry.name), path.parent.iterdir()):
+def _recover_from_killed(path: Path) -> None:
+    """Cleans up after calls for the same path whose process is gone."""
+    if fcntl is None:
+        return
+    pattern = re.compile(
+        rf"\.{re.escape(path.name)}\.[^.]+\.tmp"
+    )  # Does not match `.NAME.more.*.tmp`.
+    for hidden in [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]:
         try:
             descriptor = os.open(hidden / "lock", os.O_RDWR)
-        except OSError:  # Just made, or just removed, by a process that lives.
+        except OSError:  # Another process has just created it, or just removed it.
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if (hidden / "old").exists() and not path.exists():
-                (hidden / "old").rename(path)
-            shutil.rmtree(hidden, ignore_errors=True)
-        except BlockingIOError:  # It is being written now.
+        except BlockingIOError:  # Still in use.
             continue
+        else:
+            _restore_and_remove(hidden, path)
         finally:
             os.close(descriptor)
