@@ -119,8 +119,8 @@ def measured(name: str, size: int = SIZE) -> dict[str, Any]:
         "directly_behind_left": sum(row.layer in behind for row in folded.report.left),
         "identical": identical,
         "converted_difference": ours,
-        "folded": outcomes["folded into what it follows"]
-        + outcomes["folded into what it precedes"],
+        "folded": outcomes["folded into the preceding layer"]
+        + outcomes["folded into the following layer"],
         "multiply_add": outcomes["multiply-add"],
         "unchanged": outcomes["unchanged"],
         "left": [{"layer": row.layer, "reason": row.reason} for row in folded.report.left],

@@ -123,7 +123,7 @@ def test_fold_writes_a_folded_model(path, model, tmp_path, capsys):
     arguments = ["fold", path, tmp_path / "folded.keras", "--inputs", tmp_path / "xy.npz"]
     status, out, _ = run(capsys, *arguments)
     assert status == 0
-    assert "1 folded into what it follows, 1 multiply-add" in out
+    assert "1 folded into the preceding layer, 1 multiply-add" in out
     folded = keras.models.load_model(tmp_path / "folded.keras")
     assert batch_norm_layers(folded) == []
     same_outputs(folded, model)

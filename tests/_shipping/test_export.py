@@ -1,4 +1,4 @@
-"""What is exported serves without tfbn, answers as the model does, and is there whole or not at all."""
+"""An exported model serves without tfbn, gives the model's outputs, and never replaces anything by half."""
 
 import resource
 import shutil
@@ -17,7 +17,7 @@ from tfbn._shipping import export
 
 
 def trained(norm=tfbn.BatchNormalization, **arguments):
-    """A model whose statistics are not those that it was born with."""
+    """A model whose moving statistics are not the initial ones."""
     inputs = keras.Input((6, 6, 2), name="image")
     x = keras.layers.Conv2D(4, 3, use_bias=False)(inputs)
     x = norm(momentum=0.5, **arguments)(x)
@@ -40,7 +40,7 @@ def serve(path):
 
 @pytest.mark.parametrize("fold", [True, False])
 @pytest.mark.parametrize("norm", [tfbn.BatchNormalization, keras.layers.BatchNormalization])
-def test_it_serves_what_the_model_predicts_for_any_batch_size(tmp_path, norm, fold):
+def test_the_signature_gives_the_outputs_of_the_model_for_any_batch_size(tmp_path, norm, fold):
     model = trained(norm)
     before = [w.numpy() for w in model.weights]
     assert tfbn.export(model, tmp_path / "served", fold=fold) == tmp_path / "served"
@@ -52,7 +52,7 @@ def test_it_serves_what_the_model_predicts_for_any_batch_size(tmp_path, norm, fo
         np.testing.assert_array_equal(weight, value)
 
 
-def test_it_serves_in_a_process_with_tensorflow_alone(tmp_path):
+def test_a_process_with_tensorflow_alone_can_serve_it(tmp_path):
     model = trained()
     tfbn.export(model, tmp_path / "served", fold=False)
     np.save(tmp_path / "x.npy", images(4))
@@ -71,7 +71,7 @@ def test_it_serves_in_a_process_with_tensorflow_alone(tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_card_says_what_is_there(tmp_path):
+def test_the_model_card_describes_the_signature(tmp_path):
     tfbn.export(trained(), tmp_path / "served")
     card = (tmp_path / "served" / "MODEL_CARD.md").read_text()
     for part in ("# small", "`image`", "any × 6 × 6 × 2", "`scores`", "any × 3", tf.__version__):
@@ -92,7 +92,7 @@ def test_inputs_and_outputs_keep_their_names_and_keys(tmp_path):
         np.testing.assert_allclose(served[name], value, rtol=1e-5, atol=1e-5)
 
 
-def test_outputs_in_dicts_of_dicts_are_named_by_the_way_to_them(tmp_path):
+def test_nested_outputs_are_named_after_the_path_to_them(tmp_path):
     x = keras.Input((3,), name="x")
     ones, twos = keras.layers.Dense(1)(x), tfbn.BatchNormalization()(keras.layers.Dense(2)(x))
     model = keras.Model(x, {"heads": {"b": ones, "a": twos}, "all": [x, ones]})
@@ -112,7 +112,7 @@ class Subclassed(keras.Model):
         return self.norm(self.dense(x), training=training)
 
 
-def test_a_subclassed_model_is_exported_as_it_is(tmp_path):
+def test_a_subclassed_model_is_exported(tmp_path):
     model = Subclassed()
     model(tf.random.normal((8, 3)), training=True)
     tfbn.export(model, tmp_path / "served", fold=False)
@@ -129,7 +129,7 @@ class OfDict(Subclassed):
 
 
 @pytest.mark.parametrize("fold", [True, False])
-def test_a_subclassed_model_of_a_dict_is_served_by_its_keys(tmp_path, fold):
+def test_a_subclassed_model_of_a_dict_is_served_under_its_keys(tmp_path, fold):
     model = OfDict()
     given = {"a": tf.random.normal((8, 3)), "dense": tf.ones((8, 3))}
     model(given, training=True)
@@ -143,7 +143,7 @@ class Joined(keras.Model):
         return a + b
 
 
-def test_a_model_of_several_arguments_is_refused_with_what_to_do(tmp_path):
+def test_a_model_with_several_arguments_is_refused(tmp_path):
     model = Joined(name="joined")
     model(tf.ones((2, 3)), tf.ones((2, 3)))
     with pytest.raises(ValueError, match=r"one argument for all inputs. Received: model 'joined'"):
@@ -162,29 +162,29 @@ def test_large_models_keep_their_weights_in_variables(tmp_path, monkeypatch):
     np.testing.assert_allclose(served, model(images(2)), rtol=1e-5, atol=1e-5)
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda: "model.keras", TypeError, r"Only a Keras model.*Received: model='model.keras'"),
+        (lambda: "model.keras", TypeError, r"must be a Keras model. Received: model='model.keras'"),
         (Subclassed, ValueError, r"Call it on an example first.*Received: model"),
     ],
 )
-def test_what_cannot_be_exported(tmp_path, make, error, text):
+def test_what_is_not_a_built_keras_model_is_refused(tmp_path, make, error, text):
     with pytest.raises(error, match=text):
         tfbn.export(make(), tmp_path / "served", fold=False)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("path", ["gs://bucket/model", Path("gs://bucket/model")])
-def test_a_url_is_no_local_path(path):
-    with pytest.raises(ValueError, match=r"only a local path allows.*Received: path=.*gs:"):
+def test_a_url_is_refused(path):
+    with pytest.raises(ValueError, match=r"must be a local path.*Received: path=.*gs:"):
         tfbn.export(trained(), path)
 
 
-def test_an_old_export_stays_unless_it_may_be_replaced(tmp_path):
+def test_an_existing_export_is_replaced_only_with_overwrite(tmp_path):
     old, new = trained(), trained()
     path = tfbn.export(old, tmp_path / "served")
     with pytest.raises(FileExistsError, match=r"overwrite=False.*pass overwrite=True"):
@@ -195,7 +195,7 @@ def test_an_old_export_stays_unless_it_may_be_replaced(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_something_else_is_never_replaced(tmp_path):
+def test_anything_but_a_saved_model_is_never_replaced(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
     with pytest.raises(
@@ -210,7 +210,7 @@ def test_something_else_is_never_replaced(tmp_path):
         tfbn.export(trained(), tmp_path / "link", overwrite=True)
 
 
-# Faults: the old SavedModel is whole, and no half-written one is there
+# Faults: the old SavedModel stays whole, and nothing half-written remains
 
 
 def expect(path, model):
@@ -233,7 +233,7 @@ def wide():
 
 @pytest.fixture(params=["a full file system", "a limit on the size of files"])
 def little_room(request, tmp_path):
-    """Where a megabyte cannot be written: a function that says from when on, and the folder."""
+    """A folder, and a function after whose call a megabyte can no longer be written."""
     if request.param == "a limit on the size of files":
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         yield tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, hard))
@@ -249,7 +249,7 @@ def little_room(request, tmp_path):
 
 
 @pytest.mark.parametrize("weights", ["constants", "variables"])
-def test_a_full_disk(little_room, monkeypatch, weights):
+def test_a_full_disk_leaves_the_old_export(little_room, monkeypatch, weights):
     folder, begin = little_room
     old = trained()
     path = tfbn.export(old, folder / "served")
@@ -257,14 +257,14 @@ def test_a_full_disk(little_room, monkeypatch, weights):
         monkeypatch.setattr(export, "LARGEST_CONSTANTS", 0)
     begin()
     with pytest.raises(
-        OSError, match=r"cannot be written. Received: .*(No space left|File too large)"
+        OSError, match=r"cannot write the SavedModel. Received: .*(No space left|File too large)"
     ):
         tfbn.export(wide(), path, overwrite=True)
     expect(path, old)
     assert list(folder.iterdir()) == [path]
 
 
-def test_outputs_that_differ(exported, monkeypatch):
+def test_other_outputs_leave_the_old_export(exported, monkeypatch):
     path, old = exported
     monkeypatch.setattr(export, "_difference", lambda *_: 0.5)
     with pytest.raises(export.ExportError, match=r"difference of 0.5.*tolerance=0.0001"):
@@ -273,7 +273,7 @@ def test_outputs_that_differ(exported, monkeypatch):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_outputs_that_are_not_finite(exported):
+def test_outputs_that_are_not_finite_leave_the_old_export(exported):
     path, old = exported
     broken = trained()
     broken.layers[-1].bias.assign([np.nan, 0, 0])
@@ -283,11 +283,11 @@ def test_outputs_that_are_not_finite(exported):
 
 
 @pytest.mark.parametrize("folded", [True, False])
-def test_tensorflow_lite_takes_it(tmp_path, folded):
+def test_tensorflow_lite_converts_it(tmp_path, folded):
     model = trained()
     path = tfbn.export(model, tmp_path / "served", fold=folded)
     lite = tf.lite.TFLiteConverter.from_saved_model(str(path)).convert()
-    # TensorFlow 2.18 says it in other words.
+    # The wording depends on the version of TensorFlow.
     with pytest.warns(UserWarning, match=r"tf\.lite\.Interpreter is deprecated|LiteRT interpreter"):
         interpreter = tf.lite.Interpreter(model_content=lite)
     run = interpreter.get_signature_runner("serving_default")

@@ -81,7 +81,7 @@ def test_the_command_writes_curves_and_a_saved_model(twins):
     for name, folded in (("saved_model", True), ("saved_model_unfolded", False)):
         assert tf.saved_model.contains_saved_model(folder / name)
         card = (folder / name / "MODEL_CARD.md").read_text()
-        assert ("folded into what it follows" in card) == folded
+        assert ("folded into the preceding layer" in card) == folded
 
 
 def test_two_runs_with_the_same_seed_give_the_same_network(twins):

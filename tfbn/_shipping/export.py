@@ -1,4 +1,4 @@
-"""Writing a model as a SavedModel: checked before anybody sees it, and put in place whole."""
+"""Writing a model as a SavedModel that is checked before it replaces anything."""
 
 import contextlib
 import os
@@ -18,11 +18,14 @@ from tfbn._shipping.fold.fold import fold as fold_model
 
 SIGNATURE = "serving_default"
 LARGEST_CONSTANTS = 2**30
-"""Bytes of weights beyond which they stay variables: a graph with constants is one message of 2 GiB at most."""
+"""Bytes of weights above which they stay variables: a graph with constants is limited to 2 GiB."""
 
 
 class ExportError(RuntimeError):
-    """The SavedModel, loaded again, does not give the outputs of the model."""
+    """Raised by `tfbn.export` when the written SavedModel gives other outputs than the model.
+
+    Nothing is kept: an existing SavedModel at the path is unchanged.
+    """
 
 
 def export(
@@ -36,38 +39,36 @@ def export(
 ) -> Path:
     """Writes the model as a SavedModel that a process with TensorFlow alone can serve.
 
-    The signature `serving_default` takes the inputs by the names of the input layers (or the keys, where
-    the model takes a dict) and any batch size, and gives the outputs by the names of the output layers (or
-    keys). The model runs in inference mode. Its weights are written as constants, which lets
-    TensorFlow prepare them once and run faster; above 1 GiB, as variables.
+    The signature `serving_default` accepts any batch size. It names its inputs after the input layers and
+    its outputs after the output layers, or after the keys where the model uses dicts. The model runs in
+    inference mode. Its weights become constants of the graph, which lets TensorFlow
+    optimize them once; above 1 GiB they stay variables.
 
-    The SavedModel is written beside its place, loaded again, and compared with the model; only then it is
-    moved to its place. Whatever happens before, nothing is there that was not, and an old one
-    is whole. A process that is killed leaves a hidden directory `.NAME.*.tmp` beside the place; the next
-    export to the same path removes it. Beside the SavedModel's own files is a `MODEL_CARD.md`, which
-    says what it takes and gives, with which versions it was written, what was folded, and how far
-    its outputs are from the model's.
+    The SavedModel is written to a temporary directory, loaded again and compared with the model before it
+    moves to `path`. If anything fails, `path` is unchanged. If the process is killed, a hidden
+    directory `.NAME.*.tmp` remains beside `path`; the next export to the same path removes it. The SavedModel
+    contains a `MODEL_CARD.md` with the signature, the versions of the packages, what was folded, and
+    the largest difference from the model's outputs.
 
     Args:
-        model: A Keras model, built. It stays as it is.
-        path: The directory to write. Its parent is made if it is missing.
-        fold: Whether to fold batch normalization first, see `tfbn.fold`.
-        overwrite: Whether a SavedModel that is there may be replaced. Anything else that is there never
-            is.
-        inputs: Inputs to compare the outputs on, as you would call the model with; by default random
-            ones.
-        tolerance: The largest difference between outputs that is allowed, relative to the largest
-            output. By default 1e-4; more for models that compute in half precision.
+        model: A built Keras model. It is not modified.
+        path: The directory to write. Missing parents are created.
+        fold: Whether to fold batch normalization first; see `tfbn.fold`.
+        overwrite: Whether to replace an existing SavedModel. Anything else at `path` is never replaced.
+        inputs: Inputs to compare outputs on, as you would call the model with them. Defaults to random
+            inputs.
+        tolerance: The largest allowed difference between outputs, relative to the largest output.
+            Defaults to 1e-4, and more for models that compute in half precision.
 
     Returns:
         The path.
 
     Raises:
-        TypeError: if `model` is no Keras model.
-        ValueError: if the model is not built, or cannot be folded, see `tfbn.fold`; if `path` is a URL.
-        FileExistsError: if something is at `path`, and `overwrite` is False or it is no SavedModel.
-        OSError: if the disk is full, or the directory cannot be written.
-        ExportError: (a `RuntimeError`) if the SavedModel gives other outputs than the model.
+        TypeError: If `model` is not a Keras model.
+        ValueError: If the model is not built or cannot be folded (see `tfbn.fold`), or `path` is a URL.
+        FileExistsError: If `path` exists and `overwrite` is False, or it is not a SavedModel.
+        OSError: If the files cannot be written, for example because the disk is full.
+        ExportError: If the SavedModel gives other outputs than the model.
 
     Example:
         >>> tfbn.export(model, "served/1")
@@ -76,12 +77,12 @@ def export(
     """
     if not isinstance(model, keras.Model):
         raise TypeError(
-            f"Only a Keras model can be exported. Received: model={model!r} of type {type(model).__name__}."
+            f"`model` must be a Keras model. Received: model={model!r} of type {type(model).__name__}."
         )
     if re.match(r"\w{2,}:/", str(path)):
         raise ValueError(
-            "A SavedModel is moved to its place whole, which only a local path allows: export there and copy it. "
-            f"Received: path={path!r}."
+            "`path` must be a local path, so that the SavedModel can be moved there as a whole. Export to a local "
+            f"path and copy it. Received: path={path!r}."
         )
     path, tolerance = Path(path), compare.tolerance_for(model, tolerance)
     with atomic_directory(path, overwrite, is_ours=tf.saved_model.contains_saved_model) as folder:
@@ -95,8 +96,8 @@ def export(
         difference = max(_difference(model, signature, folder, example) for example in examples)
         if not difference <= tolerance:
             raise ExportError(
-                "The SavedModel, loaded again, gives other outputs than the model, so it is not kept. "
-                f"Received: a difference of {difference:.2g} of the largest output, "
+                "The SavedModel gives other outputs than the model, so it was removed. "
+                f"Received: a difference of {difference:.2g} relative to the largest output, "
                 f"tolerance={tolerance:.2g}. {compare.advice(model, examples[0], tolerance)}"
             )
         report = served.report if fold else None
@@ -122,20 +123,20 @@ def _write(model: keras.Model, signature: Signature, folder: Path) -> None:
     archive = keras.export.ExportArchive()
     for layer in walk(model, set()):
         if layer.built and not layer.weights and not list(children(layer)):
-            archive.track(layer)  # It may hold a lookup table.
+            archive.track(layer)  # It may hold a lookup table, as preprocessing layers do.
     archive.add_endpoint("serve", serve, signature.inputs)
     try:
         archive.write_out(str(folder), verbose=False)
-    except tf.errors.OpError as error:  # TensorFlow writes the files, and has no OSError.
+    except tf.errors.OpError as error:  # TensorFlow's file system does not raise OSError.
         raise OSError(
-            f"The SavedModel cannot be written. Received: {type(error).__name__}: {error.message} "
-            "Make room, or choose another path."
+            f"TensorFlow cannot write the SavedModel. Received: {type(error).__name__}: {error.message} "
+            "Free some disk space, or choose another path."
         ) from error
 
 
 def _difference(model: keras.Model, signature: Signature, folder: Path, inputs: Any) -> float:
-    """Between the outputs of the SavedModel in the folder and of the model, relative to the largest."""
-    loaded = tf.saved_model.load(str(folder))  # Its variables live as long as it does.
+    """The largest difference between the outputs of the SavedModel and of the model, relative to the largest."""
+    loaded = tf.saved_model.load(str(folder))  # Keeps the variables of the signature alive.
     served = loaded.signatures[SIGNATURE]
     names = [spec.name for spec in signature.inputs]
     flat = [tf.convert_to_tensor(x) for x in keras.tree.flatten(inputs)]

@@ -1,4 +1,4 @@
-"""The page that goes with an exported model."""
+"""The `MODEL_CARD.md` inside an exported model."""
 
 from collections.abc import Iterable
 
@@ -18,20 +18,21 @@ def text(
     difference: float,
     report: FoldReport | None,
 ) -> str:
-    """The card in Markdown.
+    """Returns the card as Markdown.
 
     Args:
-        model: What was exported.
+        model: The exported model, before folding.
         signature: Its inputs and outputs.
-        name: The name that the signature is served by.
-        difference: Between the outputs of the SavedModel and the model's, relative to the largest.
-        report: What was folded; None if nothing was to be.
+        name: The name under which the signature is served.
+        difference: The largest difference between the outputs of the SavedModel and of the model, relative
+            to the largest output.
+        report: What was folded; None if the model was exported unfolded.
     """
     arguments = ", ".join(f"{spec.name}=..." for spec in signature.inputs)
-    folded = "It is in the graph as it was." if report is None else report.to_markdown().strip()
+    folded = "The graph contains it unfolded." if report is None else report.to_markdown().strip()
     return f"""# {model.name}
 
-A TensorFlow SavedModel for inference, with {model.count_params():,} parameters before folding.
+A TensorFlow SavedModel for inference. The model has {model.count_params():,} parameters before folding.
 
 ```python
 import tensorflow as tf
@@ -46,11 +47,12 @@ outputs = serve({arguments})  # a dict
 
 {tables.markdown(["output", "shape", "type"], _rows(signature.outputs))}
 
-The first axis is the batch{_batch_size(signature)}.
+The first axis is the batch axis{_batch_size(signature)}.
 
 ## Check
 
-Loaded again, it gave outputs within {difference:.1e} of the largest one of the Keras model.
+The outputs of the loaded SavedModel differ from those of the Keras model by at most {difference:.1e}, relative to
+the largest output.
 
 ## Batch normalization
 
@@ -75,5 +77,5 @@ def _rows(specs: Iterable[tf.TensorSpec]) -> list[list[str]]:
 
 def _batch_size(signature: Signature) -> str:
     if signature.inputs[0].shape[0] is None:
-        return ", of any size; an output depends on its own example alone"
-    return ", of this size only: the model fixes it"
+        return " and can have any size; each output depends on its own example alone"
+    return ", whose size the model fixes"

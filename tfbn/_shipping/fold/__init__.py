@@ -1,1 +1,1 @@
-"""Folding batch normalization into the layers around it, on a graph of the model's calls."""
+"""Folding batch normalization into adjacent layers, on a graph of the model's calls."""

@@ -1,7 +1,7 @@
-"""The layers that batch normalization folds into, and the algebra of their weights.
+"""The layers that can absorb an affine map, and the algebra of their weights.
 
-For y = W x + b, the map s · y + t of the output is made by the weights s W and s b + t, and the map
-s · x + t of the input by W s and W t + b, where nothing but x comes into W (no padding).
+For y = W x + b, the weights s W and s b + t apply the map s · y + t to the output as well. The weights
+W s and W t + b apply the map s · x + t to the input first, provided that W sees nothing but x (no padding).
 """
 
 import string
@@ -18,24 +18,29 @@ from tfbn._shipping.fold.affine import Affine, CannotFold
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a layer in float64, by name, and what its config must say to have them."""
+    """The weights of a layer.
+
+    Attributes:
+        arrays: The weights by name, in float64.
+        config: The entries of the layer's config that these weights require.
+    """
 
     arrays: dict[str, np.ndarray]
     config: dict[str, Any] = field(default_factory=dict)
 
-    def updated(self, bias: np.ndarray | None, **arrays: np.ndarray) -> "Weights":
-        """With some arrays replaced, and this bias, unless it is None or nothing but a new zero."""
-        if bias is None or ("bias" not in self.arrays and not np.any(bias)):
+    def updated(self, bias: np.ndarray, **arrays: np.ndarray) -> "Weights":
+        """Replaces some arrays and the bias. A layer without a bias gets none if it would be zero."""
+        if "bias" not in self.arrays and not np.any(bias):
             return Weights({**self.arrays, **arrays}, self.config)
         config = {**self.config, "use_bias": True}
         return Weights({**self.arrays, **arrays, "bias": bias}, config)
 
 
 class Linear(NamedTuple):
-    """How a class of layers takes a map of its output, and of its input, into its weights.
+    """How a class of layers absorbs a map of its output, and a map of its input.
 
-    Both functions take the layer, its weights, the map and the shape of its input, and raise `CannotFold`
-    where it cannot be done.
+    Both functions take the layer, its weights, the map and the shape of the layer's input, and return new
+    weights. They raise `CannotFold` if the layer cannot absorb the map.
     """
 
     absorb_output: Callable[[Any, Weights, Affine, Any], Weights]
@@ -43,25 +48,25 @@ class Linear(NamedTuple):
 
 
 def weights_of(layer: keras.layers.Layer) -> Weights:
-    """The weights of a layer of a class in `LINEAR`.
+    """Returns the weights of a layer whose class is in `LINEAR`.
 
     Raises:
-        CannotFold: if it has other weights than its class has by itself.
+        CannotFold: If the layer has other weights than its class defines, such as those of LoRA.
     """
     arrays = {weight.name: np.asarray(weight.numpy(), np.float64) for weight in layer.weights}
     separable = LINEAR[type(layer)] is _SEPARABLE
     expected = {"depthwise_kernel", "pointwise_kernel"} if separable else {"kernel"}
     if set(arrays) - {"bias"} != expected:
-        raise CannotFold(f"'{layer.name}' has weights of another kind: {', '.join(sorted(arrays))}")
+        raise CannotFold(f"'{layer.name}' has unusual weights: {', '.join(sorted(arrays))}")
     return Weights(arrays)
 
 
 def linear_reason(layer: keras.layers.Layer) -> str | None:
-    """Why the output of a layer of a class in `LINEAR` is no linear map, or None."""
+    """Returns why a layer of a class in `LINEAR` is not linear, or None."""
     if layer.activation in (None, keras.activations.linear):
         return None
     name = getattr(layer.activation, "__name__", type(layer.activation).__name__)
-    return f"'{layer.name}' ends in the activation {name}"
+    return f"'{layer.name}' has the activation {name}"
 
 
 def _bias(weights: Weights) -> Any:
@@ -72,29 +77,29 @@ def _channel_axis(layer: Any) -> int:
     return 1 if getattr(layer, "data_format", None) == "channels_first" else -1
 
 
-def _require_no_border(layer: Any, affine: Affine, sizes: Any) -> None:
+def _require_no_padding(layer: Any, affine: Affine, sizes: Any) -> None:
     if affine.shifts and layer.padding != "valid" and prod(sizes) > 1:
         raise CannotFold(
-            f"'{layer.name}' pads its input with zeros, which the shift would have to reach ({layer.padding})"
+            f"'{layer.name}' pads its input with zeros, to which the shift does not apply ({layer.padding})"
         )
 
 
 # Dense and convolutions: the kernel ends in (input channels of the group, output channels).
 
 
-def _output_into_kernel(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
+def _absorb_output_dense(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
     kernel = weights.arrays["kernel"]
     scale, shift = affine.along(_channel_axis(layer), kernel.shape[-1])
     return weights.updated(_bias(weights) * scale + shift, kernel=kernel * scale)
 
 
-def _input_into_kernel(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
+def _absorb_input_dense(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
     kernel = weights.arrays["kernel"]
     groups = getattr(layer, "groups", 1)
     inputs, outputs = kernel.shape[-2] * groups, kernel.shape[-1]
     if hasattr(layer, "padding"):
-        _require_no_border(layer, affine, kernel.shape[:-2])
-    # Row i, column o: the input channel number i of the group that the output channel o belongs to.
+        _require_no_padding(layer, affine, kernel.shape[:-2])
+    # Row i, column o: the i-th input channel of the group that output channel o belongs to.
     channels = np.arange(inputs).reshape(groups, -1).repeat(outputs // groups, axis=0).T
     scale, shift = (v[channels] for v in affine.along(_channel_axis(layer), inputs))
     through = (kernel * shift).reshape(-1, outputs).sum(axis=0)
@@ -104,25 +109,25 @@ def _input_into_kernel(layer: Any, weights: Weights, affine: Affine, shape: Any)
 # Transposed convolutions: the kernel ends in (output channels, input channels).
 
 
-def _output_into_transpose(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
+def _absorb_output_transposed(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
     kernel = weights.arrays["kernel"]
     scale, shift = affine.along(_channel_axis(layer), kernel.shape[-2])
     return weights.updated(_bias(weights) * scale + shift, kernel=kernel * scale[:, None])
 
 
-def _input_into_transpose(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
+def _absorb_input_transposed(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
     kernel = weights.arrays["kernel"]
     if affine.shifts and (prod(kernel.shape[:-2]) > 1 or prod(layer.strides) > 1):
-        raise CannotFold(f"'{layer.name}' adds up another number of inputs from place to place")
+        raise CannotFold(f"'{layer.name}' sums a different number of inputs at each position")
     scale, shift = affine.along(_channel_axis(layer), kernel.shape[-1])
     through = (kernel * shift).reshape(-1, *kernel.shape[-2:]).sum(axis=(0, -1))
     return weights.updated(_bias(weights) + through, kernel=kernel * scale)
 
 
-# Depthwise convolutions: the kernel ends in (input channels, outputs of each).
+# Depthwise convolutions: the kernel ends in (input channels, outputs per input channel).
 
 
-def _output_into_depthwise(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
+def _absorb_output_depthwise(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
     kernel = weights.arrays["kernel"]
     scale, shift = affine.along(_channel_axis(layer), prod(kernel.shape[-2:]))
     return weights.updated(
@@ -130,9 +135,9 @@ def _output_into_depthwise(layer: Any, weights: Weights, affine: Affine, shape: 
     )
 
 
-def _input_into_depthwise(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
+def _absorb_input_depthwise(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
     kernel = weights.arrays["kernel"]
-    _require_no_border(layer, affine, kernel.shape[:-2])
+    _require_no_padding(layer, affine, kernel.shape[:-2])
     scale, shift = affine.along(_channel_axis(layer), kernel.shape[-2])
     through = _through_depthwise(kernel, shift)
     return weights.updated(_bias(weights) + through, kernel=kernel * scale[:, None])
@@ -142,64 +147,66 @@ def _through_depthwise(kernel: np.ndarray, shift: np.ndarray) -> np.ndarray:
     return (kernel * shift[:, None]).reshape(-1, prod(kernel.shape[-2:])).sum(axis=0)
 
 
-# Separable convolutions: depthwise, then a convolution of size 1.
+# Separable convolutions: a depthwise convolution, then one of size 1.
 
 
-def _output_into_separable(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
+def _absorb_output_separable(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
     pointwise = weights.arrays["pointwise_kernel"]
     scale, shift = affine.along(_channel_axis(layer), pointwise.shape[-1])
     return weights.updated(_bias(weights) * scale + shift, pointwise_kernel=pointwise * scale)
 
 
-def _input_into_separable(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
+def _absorb_input_separable(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
     depthwise, pointwise = (weights.arrays[f"{kind}_kernel"] for kind in ("depthwise", "pointwise"))
-    _require_no_border(layer, affine, depthwise.shape[:-2])
+    _require_no_padding(layer, affine, depthwise.shape[:-2])
     scale, shift = affine.along(_channel_axis(layer), depthwise.shape[-2])
     through = _through_depthwise(depthwise, shift) @ pointwise.reshape(-1, pointwise.shape[-1])
     return weights.updated(_bias(weights) + through, depthwise_kernel=depthwise * scale[:, None])
 
 
-# EinsumDense: each letter of its equation is an axis.
+# EinsumDense: each letter of the equation is an axis.
 
 
-def _output_into_einsum(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
+def _absorb_output_einsum(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
     _, letters, output = _letters(layer, len(shape))
-    kernel = weights.arrays["kernel"] * _moved(layer, affine.scale, output, letters)
+    kernel = weights.arrays["kernel"] * _transposed(layer, affine.scale, output, letters)
     bias = _full_bias(weights, len(output)) * affine.scale + affine.shift
     return _with_einsum_bias(layer, weights, kernel, bias, letters, output)
 
 
-def _input_into_einsum(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
+def _absorb_input_einsum(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
     inputs, letters, output = _letters(layer, len(shape))
     kernel = weights.arrays["kernel"]
-    through = kernel * _moved(layer, affine.shift, inputs, letters)
+    through = kernel * _transposed(layer, affine.shift, inputs, letters)
     through = through.sum(axis=tuple(i for i, c in enumerate(letters) if c not in output))
-    through = _moved(layer, through, [c for c in letters if c in output], output)
+    through = _transposed(layer, through, [c for c in letters if c in output], output)
     bias = _full_bias(weights, len(output)) + through
-    kernel = kernel * _moved(layer, affine.scale, inputs, letters)
+    kernel = kernel * _transposed(layer, affine.scale, inputs, letters)
     return _with_einsum_bias(layer, weights, kernel, bias, letters, output)
 
 
 def _letters(layer: Any, rank: int) -> tuple[str, str, str]:
-    """The letters of an input of this rank, of the kernel and of the output."""
+    """Returns the letters of an input of this rank, of the kernel, and of the output."""
     equation = layer.equation.replace(" ", "")
     inputs, kernel, output = equation.replace("->", ",").split(",")
     unused = [letter for letter in string.ascii_letters if letter not in equation]
     hidden = "".join(unused[: rank - len(inputs.replace("...", ""))])
     inputs, output = (letters.replace("...", hidden) for letters in (inputs, output))
     repeats = any(len(set(letters)) < len(letters) for letters in (inputs, kernel, output))
-    # A letter on one side alone is summed before the product, or copied.
+    # A letter that only one operand has is summed before the product, or broadcast.
     if repeats or not (set(inputs) ^ set(kernel)) <= set(output) <= set(inputs + kernel):
-        raise CannotFold(f"'{layer.name}' has the equation '{layer.equation}', which is not plain")
+        raise CannotFold(
+            f"'{layer.name}' has an equation that is not supported: '{layer.equation}'"
+        )
     return inputs, kernel, output
 
 
-def _moved(layer: Any, array: np.ndarray, letters: Sequence[str], to: str) -> np.ndarray:
-    """The array with its axes, named by letters, where others have them."""
-    kept = [letter for letter, size in zip(letters, array.shape, strict=True) if size > 1]
-    if not set(kept) <= set(to):
+def _transposed(layer: Any, array: np.ndarray, letters: Sequence[str], to: str) -> np.ndarray:
+    """Transposes an array from one order of letters to another, with size 1 for new letters."""
+    varies = {letter for letter, size in zip(letters, array.shape, strict=True) if size > 1}
+    if not varies <= set(to):
         raise CannotFold(
-            f"'{layer.name}' has no weights for the axis of the statistics: '{layer.equation}'"
+            f"'{layer.name}' has no weights along the axis of the statistics: '{layer.equation}'"
         )
     order = sorted(range(len(letters)), key=lambda i: to.find(letters[i]))
     sizes = dict(zip(letters, array.shape, strict=True))
@@ -219,27 +226,27 @@ def _with_einsum_bias(
     axes = weights.config.get("bias_axes", layer.bias_axes) or ""
     axes = [c for c, size in zip(output, bias.shape, strict=True) if size > 1 or c in axes]
     if not set(axes or ["-"]) <= set(letters):
-        raise CannotFold(f"'{layer.name}' has no channel for a bias: '{layer.equation}'")
-    # Keras leaves out the axes before the first of the bias.
+        raise CannotFold(f"'{layer.name}' has no axis for a bias: '{layer.equation}'")
+    # Keras omits the axes before the first axis of the bias.
     arrays = {"kernel": kernel, "bias": bias.reshape(bias.shape[output.index(axes[0]) :])}
     return Weights(arrays, {"bias_axes": "".join(axes)})
 
 
-_KERNEL = Linear(_output_into_kernel, _input_into_kernel)
-_TRANSPOSE = Linear(_output_into_transpose, _input_into_transpose)
-_DEPTHWISE = Linear(_output_into_depthwise, _input_into_depthwise)
-_SEPARABLE = Linear(_output_into_separable, _input_into_separable)
+_DENSE = Linear(_absorb_output_dense, _absorb_input_dense)
+_TRANSPOSED = Linear(_absorb_output_transposed, _absorb_input_transposed)
+_DEPTHWISE = Linear(_absorb_output_depthwise, _absorb_input_depthwise)
+_SEPARABLE = Linear(_absorb_output_separable, _absorb_input_separable)
 
-# By class, not by subclass: that may compute something else.
+# Subclasses are not included: they may compute something else.
 LINEAR: dict[type, Linear] = {
-    keras.layers.Dense: _KERNEL,
-    keras.layers.EinsumDense: Linear(_output_into_einsum, _input_into_einsum),
-    keras.layers.Conv1D: _KERNEL,
-    keras.layers.Conv2D: _KERNEL,
-    keras.layers.Conv3D: _KERNEL,
-    keras.layers.Conv1DTranspose: _TRANSPOSE,
-    keras.layers.Conv2DTranspose: _TRANSPOSE,
-    keras.layers.Conv3DTranspose: _TRANSPOSE,
+    keras.layers.Dense: _DENSE,
+    keras.layers.EinsumDense: Linear(_absorb_output_einsum, _absorb_input_einsum),
+    keras.layers.Conv1D: _DENSE,
+    keras.layers.Conv2D: _DENSE,
+    keras.layers.Conv3D: _DENSE,
+    keras.layers.Conv1DTranspose: _TRANSPOSED,
+    keras.layers.Conv2DTranspose: _TRANSPOSED,
+    keras.layers.Conv3DTranspose: _TRANSPOSED,
     keras.layers.DepthwiseConv1D: _DEPTHWISE,
     keras.layers.DepthwiseConv2D: _DEPTHWISE,
     keras.layers.SeparableConv1D: _SEPARABLE,

@@ -1,8 +1,8 @@
-"""y = scale · x + shift with values that vary along some axes only: what batch normalization is in inference."""
+"""y = scale · x + shift, which is what batch normalization computes in inference mode."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,13 +11,15 @@ from tfbn._models.walk import BatchNormLayer
 
 
 class CannotFold(Exception):
-    """Why something cannot be folded, in words for the report."""
+    """Raised where a map cannot be folded; the message is the reason in the report."""
 
 
 class Affine(NamedTuple):
-    """A map of tensors of one rank, batch first, in float64.
+    """An affine map of tensors of one rank, batch axis first.
 
-    Both arrays have that rank, and size 1 along every axis that they do not vary along.
+    Attributes:
+        scale: A float64 array of that rank, with size 1 along the axes that it does not vary along.
+        shift: Likewise.
     """
 
     scale: np.ndarray
@@ -29,67 +31,62 @@ class Affine(NamedTuple):
 
     @property
     def shifts(self) -> bool:
-        """Whether there is a shift at all."""
+        """Whether any shift is not zero."""
         return bool(np.any(self.shift))
 
     def after(self, first: Affine) -> Affine:
-        """The map that applies `first` and then this one."""
+        """Returns the map that applies `first`, then this one."""
         return Affine(self.scale * first.scale, self.scale * first.shift + self.shift)
 
-    def map_arrays(self, function: Any) -> Affine:
-        """Both arrays put through a function that moves values about, nothing more."""
+    def map_arrays(self, function: Callable[[np.ndarray], np.ndarray]) -> Affine:
+        """Applies a function that rearranges values, such as a transpose, to both arrays."""
         return Affine(function(self.scale), function(self.shift))
 
     def expand(self, shape: Sequence[int | None]) -> Affine:
-        """With values for every position of an example of this shape (with its batch axis).
+        """Broadcasts both arrays to this shape, except along the batch axis.
 
         Raises:
-            CannotFold: if the shape is not known.
+            CannotFold: If a size other than the batch size is unknown.
         """
         if None in shape[1:]:
-            raise CannotFold(f"the shape {tuple(shape)} is not known in full")
+            raise CannotFold(f"the shape {tuple(shape)} is not fully known")
         full: Any = (1, *shape[1:])
         return self.map_arrays(lambda array: np.broadcast_to(array, full))
 
     def squeeze_uniform_axes(self) -> Affine:
-        """The same map with size 1 along every axis that the values do not vary along after all."""
+        """Returns the same map with size 1 along every axis along which all values are equal."""
         scale, shift = np.broadcast_arrays(self.scale, self.shift)
         for axis in range(scale.ndim):
-            heads = [array.take([0], axis) for array in (scale, shift)]
-            if np.array_equal(scale, np.broadcast_to(heads[0], scale.shape)) and np.array_equal(
-                shift, np.broadcast_to(heads[1], shift.shape)
-            ):
-                scale, shift = heads
+            firsts = [array.take([0], axis) for array in (scale, shift)]
+            if np.all(scale == firsts[0]) and np.all(shift == firsts[1]):
+                scale, shift = firsts
         return Affine(scale, shift)
 
     def along(self, axis: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scale and shift as vectors along one axis.
+        """Returns scale and shift as vectors along one axis.
 
         Raises:
-            CannotFold: if they vary along another one.
+            CannotFold: If they vary along another axis.
         """
         axis %= self.rank
-        for array in self:
-            others = [a for a in range(self.rank) if a != axis and array.shape[a] > 1]
-            if others:
-                raise CannotFold(
-                    f"it varies along the axes {[*others]}, not along the axis {axis} alone"
-                )
+        varies = [a for a in range(self.rank) if max(array.shape[a] for array in self) > 1]
+        if set(varies) - {axis}:
+            raise CannotFold(f"it varies along the axes {varies}, not only along axis {axis}")
         return tuple(np.broadcast_to(array.reshape(-1), (size,)) for array in self)  # type: ignore
 
 
 def of_batch_norm(layer: BatchNormLayer, rank: int) -> Affine:
-    """The map that the layer is in inference: γ (x − μ) / √(σ² + ε) + β.
+    """Returns what the layer computes in inference mode: γ (x − μ) / √(σ² + ε) + β.
 
     Args:
-        layer: Keras's layer or ours, built.
-        rank: Of its input.
+        layer: A built layer of Keras's class or ours.
+        rank: The rank of its input.
     """
     axes = [layer.axis] if isinstance(layer.axis, int) else layer.axis
     axes = sorted(axis % rank for axis in axes)
 
-    def values(weight: Any, absent: float) -> np.ndarray:
-        array = np.asarray(absent if weight is None else weight.numpy(), np.float64)
+    def values(weight: Any, default: float) -> np.ndarray:
+        array = np.asarray(default if weight is None else weight.numpy(), np.float64)
         sizes = iter(layer.moving_mean.shape)
         shape = [next(sizes) if axis in axes else 1 for axis in range(rank)]
         return np.broadcast_to(array, layer.moving_mean.shape).reshape(shape)

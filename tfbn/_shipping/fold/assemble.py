@@ -1,9 +1,9 @@
-"""From a folded graph to a model of new layers."""
+"""Building a model of new layers from a folded graph."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable
-from typing import Any
 
 import keras
 import numpy as np
@@ -13,63 +13,64 @@ from tfbn._models.functional import input_like
 from tfbn._models.rebuild import Copies
 from tfbn._shipping.fold.absorb import Weights
 from tfbn._shipping.fold.affine import Affine
-from tfbn._shipping.fold.graph import Call, Graph, tensors
+from tfbn._shipping.fold.graph import Call, Graph, Substitution, tensors
 
 
 def assemble(graph: Graph, model: keras.Model) -> keras.Model:
-    """A Functional model that makes the calls of the graph with layers of its own.
+    """Returns a Functional model that makes the calls of the graph with layers of its own.
 
     Args:
         graph: A graph of the model, folded or not.
-        model: The model. It stays as it is.
+        model: The model. It is not modified.
     """
     inputs = keras.tree.map_structure(
-        lambda tensor: input_like(graph.holder, tensor), graph.holder.input
+        lambda tensor: input_like(graph.model, tensor), graph.model.input
     )
-    made = dict(zip(map(id, tensors(graph.inputs)), tensors(inputs), strict=True))
-
-    def now(x: Any) -> Any:
-        return made.get(id(x), x)
-
+    new = Substitution(graph.inputs, inputs)
     layers = _Layers(model, [tensor.name for tensor in tensors(inputs)])
     for call in graph.calls:
-        args = keras.tree.map_structure(now, call.args)
-        kwargs = keras.tree.map_structure(now, call.kwargs)
+        layer = layers.for_call(call)
         if call.affine is not None:
-            outputs = layers.for_call(call)(now(call.source))
+            outputs = layer(new(call.source))
         else:
-            outputs = layers.for_call(call)(*args, **kwargs)
-        made |= dict(zip(map(id, tensors(call.outputs)), tensors(outputs), strict=True))
-    layers.finish()
-    return keras.Model(inputs, keras.tree.map_structure(now, graph.outputs), name=model.name)
+            args, kwargs = keras.tree.map_structure(new, (call.args, call.kwargs))
+            outputs = layer(*args, **kwargs)
+        new.add(call.outputs, outputs)
+    layers.assign_weights()
+    return keras.Model(inputs, keras.tree.map_structure(new, graph.outputs), name=model.name)
 
 
 class _Layers:
-    """Makes the layers, one for all calls of an old one that hold the same weights."""
+    """Creates the layers. Calls of one original layer share a new one if their weights are equal.
 
-    def __init__(self, model: keras.Model, taken: list[str]) -> None:
+    Args:
+        model: The model that the original layers belong to.
+        names: Names that are in use already.
+    """
+
+    def __init__(self, model: keras.Model, names: list[str]) -> None:
         self._copies = Copies(model, {})
-        self._made: dict[Hashable, keras.Operation] = {}
+        self._layers: dict[Hashable, keras.Operation] = {}
         self._weights: list[tuple[keras.layers.Layer, Weights]] = []
-        self._taken = set(taken)
+        self._names = set(names)
 
     def for_call(self, call: Call) -> keras.Operation:
-        state = call.affine or call.weights
-        key = (id(call.operation), _fingerprint(state))
-        if key not in self._made:
-            layer = self._make(call)
-            layer.name = self._free_name(call)
-            self._made[key] = layer
-        return self._made[key]
+        """Returns the layer that makes this call in the new model."""
+        key = (id(call.operation), _fingerprint(call.affine or call.weights))
+        if key not in self._layers:
+            layer = self._create(call)
+            layer.name = self._unique_name(call)
+            self._layers[key] = layer
+        return self._layers[key]
 
-    def finish(self) -> None:
-        """Assigns the weights, now that the calls have built the layers."""
+    def assign_weights(self) -> None:
+        """Assigns the weights, once calls have built the layers."""
         self._copies.transfer_state()
         for layer, weights in self._weights:
             for weight in layer.weights:
                 weight.assign(weights.arrays[weight.name].reshape(weight.shape))
 
-    def _make(self, call: Call) -> keras.Operation:
+    def _create(self, call: Call) -> keras.Operation:
         if call.affine is not None:
             new, own_weights = _multiply_add(call, call.affine)
             if own_weights is not None:
@@ -87,18 +88,16 @@ class _Layers:
         self._weights.append((new, weights))
         return new
 
-    def _free_name(self, call: Call) -> str:
-        """The name of the old layer, or one that begins with the models that it was inside of."""
+    def _unique_name(self, call: Call) -> str:
+        """The name of the original layer, with those of the models that contain it if it is in use already."""
         name = call.name
         for outer in reversed(call.within):
-            if name not in self._taken:
+            if name not in self._names:
                 break
             name = f"{outer}_{name}"
-        number, stem = 1, name
-        while name in self._taken:
-            name = f"{stem}_{number}"
-            number += 1
-        self._taken.add(name)
+        candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
+        name = next(candidate for candidate in candidates if candidate not in self._names)
+        self._names.add(name)
         return name
 
 
@@ -111,15 +110,15 @@ def _fingerprint(state: Weights | Affine | None) -> Hashable:
 
 
 def _multiply_add(call: Call, affine: Affine) -> tuple[keras.layers.Layer, Weights | None]:
-    """A layer of Keras's own that computes scale · x + shift: files of the model need no tfbn."""
+    """Returns a layer of Keras that computes scale · x + shift, and its weights if it has any."""
     policy = call.operation.dtype_policy
     if affine.rank == 2 and keras.config.image_data_format() == "channels_first":
-        # There `Rescaling` takes a vector for the channels of images.
+        # With this setting, `Rescaling` applies a vector to axis 1 of images.
         size = call.source.shape[-1]
         layer = keras.layers.EinsumDense("bc,c->bc", size, bias_axes="c", dtype=policy)
         scale, shift = affine.along(-1, size)
         return layer, Weights({"kernel": scale, "bias": shift})
-    # A vector for rank 2, and all axes for others: then no image format matters.
+    # A vector for rank 2, and an array of full rank otherwise: then the image format does not matter.
     arrays = (array[0] if affine.rank == 2 else array for array in affine)
     scale, shift = (
         np.asarray(array, np.result_type(policy.variable_dtype, "float32")) for array in arrays

@@ -1,4 +1,4 @@
-"""The layers that a per-channel map can be moved through, from behind to in front or the other way."""
+"""The layers that an affine map can be moved through, from their output to their inputs or the other way."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,13 +12,13 @@ Shape = Sequence[int | None]
 
 
 class Commutation(NamedTuple):
-    """How a map gets through a class of layers; both raise `CannotFold` where it does not.
+    """How a map is moved through a class of layers. Both functions raise `CannotFold` if it cannot be.
 
     Attributes:
-        backward: The layer, a map of its output, the shapes of its inputs and of its output -> the maps of the
-            inputs that do the same.
-        forward: The layer, a map of its only input, the shapes of input and output -> the map of the
-            output.
+        backward: Takes the layer, a map of its output, the shapes of its inputs, and the shape of its
+            output. Returns the equivalent maps of the inputs.
+        forward: Takes the layer, a map of its only input, the shape of the input, and the shape of the output.
+            Returns the equivalent map of the output.
     """
 
     backward: Callable[[Any, Affine, Sequence[Shape], Shape], list[Affine]]
@@ -30,7 +30,7 @@ def _channel_axis(layer: Any, rank: int) -> int:
 
 
 def _as_channels(layer: Any, affine: Affine, size: int | None, rank: int) -> Affine:
-    """The map along the channel axis alone, for a tensor of this rank."""
+    """Returns a map along the channel axis as a map of tensors of this rank."""
     if size is None:
         raise CannotFold(f"'{layer.name}' has an unknown number of channels")
     vectors = affine.along(_channel_axis(layer, affine.rank), size)
@@ -42,7 +42,7 @@ def _as_channels(layer: Any, affine: Affine, size: int | None, rank: int) -> Aff
 def _channelwise(
     require: Callable[[Any, Affine], None] = lambda layer, affine: None,
 ) -> Commutation:
-    """What mixes places, but not channels, and keeps a constant as it is."""
+    """For layers that average or select positions within a channel: a constant stays as it is."""
 
     def through(layer: Any, affine: Affine, source: Shape, target: Shape) -> Affine:
         require(layer, affine)
@@ -55,19 +55,19 @@ def _channelwise(
     )
 
 
-def _require_rising(layer: Any, affine: Affine) -> None:
+def _require_positive_scale(layer: Any, affine: Affine) -> None:
     if np.any(affine.scale < 0):
-        raise CannotFold(f"'{layer.name}' takes a maximum, and γ is negative in places")
+        raise CannotFold(f"'{layer.name}' takes a maximum, and some γ are negative")
 
 
 def _require_no_shift(layer: Any, affine: Affine) -> None:
     if affine.shifts:
-        raise CannotFold(f"'{layer.name}' pads with zeros, and the shift would be missing there")
+        raise CannotFold(f"'{layer.name}' pads with zeros, to which the shift does not apply")
 
 
 def _require_known_interpolation(layer: Any, affine: Affine) -> None:
     if getattr(layer, "interpolation", "nearest") not in ("nearest", "bilinear"):
-        raise CannotFold(f"'{layer.name}' interpolates by {layer.interpolation}")
+        raise CannotFold(f"'{layer.name}' uses {layer.interpolation} interpolation")
 
 
 def _require_linear(layer: Any, affine: Affine) -> None:
@@ -75,8 +75,8 @@ def _require_linear(layer: Any, affine: Affine) -> None:
         raise CannotFold(f"'{layer.name}' is not linear")
 
 
-def _anything(require: Callable[[Any, Affine], None] = lambda layer, affine: None) -> Commutation:
-    """What does nothing in inference."""
+def _identity(require: Callable[[Any, Affine], None] = lambda layer, affine: None) -> Commutation:
+    """For layers that return their input in inference mode."""
 
     def through(layer: Any, affine: Affine, source: Shape, target: Shape) -> Affine:
         require(layer, affine)
@@ -101,16 +101,14 @@ def _permute_forward(layer: Any, affine: Affine, source: Shape, target: Shape) -
 
 def _reshape(affine: Affine, source: Shape, target: Shape) -> Affine:
     if None in target[1:]:
-        raise CannotFold(f"the shape {tuple(target)} is not known in full")
-    return (
-        affine.expand(source)
-        .map_arrays(lambda array: array.reshape((1, *target[1:])))
-        .squeeze_uniform_axes()
-    )
+        raise CannotFold(f"the shape {tuple(target)} is not fully known")
+    sizes: Any = (1, *target[1:])
+    full = affine.expand(source)
+    return full.map_arrays(lambda array: array.reshape(sizes)).squeeze_uniform_axes()
 
 
 def _channels_last(layer: Any, shape: Shape) -> Shape:
-    """The shape as `Flatten` sees it."""
+    """The shape after `Flatten` has moved channels to the last axis."""
     first = getattr(layer, "data_format", None) == "channels_first" and len(shape) > 2
     return (shape[0], *shape[2:], shape[1]) if first else shape
 
@@ -133,7 +131,7 @@ def _reshape_forward(layer: Any, affine: Affine, source: Shape, target: Shape) -
 
 
 def _only_backward(layer: Any, affine: Affine, source: Shape, target: Shape) -> Affine:
-    raise CannotFold(f"it goes into '{layer.name}' ({type(layer).__name__}) beside other inputs")
+    raise CannotFold(f"'{layer.name}' ({type(layer).__name__}) has other inputs, too")
 
 
 def _concatenate_backward(
@@ -142,7 +140,7 @@ def _concatenate_backward(
     axis = layer.axis % len(output)
     sizes = [shape[axis] for shape in inputs]
     if None in sizes:
-        raise CannotFold(f"'{layer.name}' joins parts of unknown size")
+        raise CannotFold(f"'{layer.name}' concatenates inputs of unknown size")
     ends = np.cumsum(sizes)[:-1]
 
     def parts(array: np.ndarray) -> list[np.ndarray]:
@@ -151,7 +149,7 @@ def _concatenate_backward(
     return [Affine(*pair) for pair in zip(parts(affine.scale), parts(affine.shift), strict=True)]
 
 
-def _require_like(layer: Any, affine: Affine, inputs: Sequence[Shape]) -> None:
+def _require_same_shapes(layer: Any, affine: Affine, inputs: Sequence[Shape]) -> None:
     for shape in inputs:
         sizes = [max(pair) for pair in zip(*(array.shape for array in affine), strict=True)]
         if len(shape) != affine.rank or any(
@@ -163,7 +161,7 @@ def _require_like(layer: Any, affine: Affine, inputs: Sequence[Shape]) -> None:
 def _add_backward(
     layer: Any, affine: Affine, inputs: Sequence[Shape], output: Shape
 ) -> list[Affine]:
-    _require_like(layer, affine, inputs)
+    _require_same_shapes(layer, affine, inputs)
     others = affine._replace(shift=np.zeros_like(affine.shift))
     return [affine, *[others] * (len(inputs) - 1)]
 
@@ -171,7 +169,7 @@ def _add_backward(
 def _average_backward(
     layer: Any, affine: Affine, inputs: Sequence[Shape], output: Shape
 ) -> list[Affine]:
-    _require_like(layer, affine, inputs)
+    _require_same_shapes(layer, affine, inputs)
     return [affine] * len(inputs)
 
 
@@ -180,7 +178,7 @@ def _classes(*names: str) -> list[type]:
 
 
 COMMUTING: dict[type, Commutation] = {
-    keras.layers.Activation: _anything(_require_linear),
+    keras.layers.Activation: _identity(_require_linear),
     keras.layers.Permute: Commutation(_permute_backward, _permute_forward),
     keras.layers.Flatten: Commutation(_reshape_backward, _reshape_forward),
     keras.layers.Reshape: Commutation(_reshape_backward, _reshape_forward),
@@ -199,7 +197,7 @@ COMMUTING |= dict.fromkeys(
         "GaussianNoise",
         "Identity",
     ),
-    _anything(),
+    _identity(),
 )
 for _rank in ("1D", "2D", "3D"):
     COMMUTING |= dict.fromkeys(
@@ -207,7 +205,8 @@ for _rank in ("1D", "2D", "3D"):
         _channelwise(),
     )
     COMMUTING |= dict.fromkeys(
-        _classes(f"MaxPooling{_rank}", f"GlobalMaxPooling{_rank}"), _channelwise(_require_rising)
+        _classes(f"MaxPooling{_rank}", f"GlobalMaxPooling{_rank}"),
+        _channelwise(_require_positive_scale),
     )
     COMMUTING |= dict.fromkeys(
         _classes(f"UpSampling{_rank}"), _channelwise(_require_known_interpolation)

@@ -1,4 +1,4 @@
-"""Models for inference, with batch normalization folded into the layers around it."""
+"""Folding batch normalization into the adjacent layers of a model."""
 
 from typing import Any
 
@@ -8,51 +8,52 @@ from tfbn._models import compare
 from tfbn._shipping.fold.assemble import assemble
 from tfbn._shipping.fold.report import FoldReport
 from tfbn._shipping.fold.search import fold_graph
-from tfbn._shipping.fold.trace import traced
+from tfbn._shipping.fold.trace import trace
 
 
 class FoldError(ValueError):
-    """The folded model would give other outputs than the model."""
+    """Raised by `tfbn.fold` when the folded model gives other outputs than the model."""
 
 
 def fold(model: keras.Model, inputs: Any = None, *, tolerance: float | None = None) -> keras.Model:
-    r"""A model for inference that gives the same outputs without batch normalization layers.
+    r"""Returns a model for inference with batch normalization folded into the adjacent layers.
 
-    In inference batch normalization is :math:`s x + t` with one :math:`s = \gamma / \sqrt{\sigma^2 + \epsilon}`
-    and one :math:`t = \beta - \mu s` for each channel. The layer that it follows takes both up,
-    :math:`s (W x + b) + t = (s W) x + (s b + t)`; or, where nothing pads with zeros, the layers that
-    it precedes, :math:`W (s x + t) + b = (W s) x + (W t + b)`. These are `Dense`, `EinsumDense`,
-    `Conv1D` to `Conv3D`, `Conv1DTranspose` to `Conv3DTranspose`, `DepthwiseConv1D` and `2D`,
-    `SeparableConv1D` and `2D`, by themselves or in `TimeDistributed`, directly or with layers in between that
-    it can be moved through: pooling, dropout, padding and cropping, reshaping, `Add`, `Concatenate`.
-    Batch normalization after batch normalization is one. What nothing takes up becomes one
-    multiply-add for each channel, a `keras.layers.Rescaling`.
+    In inference mode, batch normalization computes :math:`s x + t` per channel, with the scale
+    :math:`s = \gamma / \sqrt{\sigma^2 + \epsilon}` and the shift :math:`t = \beta - \mu s`. Both can be folded
+    into the preceding linear layer, :math:`s (W x + b) + t = (s W) x + (s b + t)`, or into the following
+    ones if they do not pad with zeros, :math:`W (s x + t) + b = (W s) x + (W t + b)`.
 
-    A layer that is called in several places keeps one set of weights where the same is folded into
-    all of its calls, and gets copies where it is not. Nested models are laid out flat. The algebra is done in
-    float64, and cast once to the dtype of the weights.
+    Linear layers are `Dense`, `EinsumDense`, `Conv1D` to `Conv3D`, `Conv1DTranspose` to `Conv3DTranspose`,
+    `DepthwiseConv1D` and `2D`, and `SeparableConv1D` and `2D`, alone or in `TimeDistributed`. Other layers may
+    stand in between: pooling, dropout, padding, cropping, reshaping, `Add`, `Concatenate`. Successive
+    batch normalization layers are merged. Where no linear layer can absorb the scale and the shift, a
+    `keras.layers.Rescaling` applies them.
+
+    A layer that is called several times keeps one set of weights if the same is folded into every call,
+    and is copied otherwise. Nested models are flattened. The folded weights are computed in
+    float64 and rounded once, to the dtype of the layer's weights.
 
     Args:
-        model: A Keras model, built. Layers of your own with batch normalization inside, and subclassed
-            models, are folded if their `call` works on symbolic tensors. It stays as it is.
-        inputs: Inputs to compare the outputs on, as you would call the model with; by default random
-            ones.
-        tolerance: The largest difference between outputs that is allowed, relative to the largest
-            output. By default 1e-4; more for models that compute in half precision.
+        model: A built Keras model. It is not modified. Subclassed models, and custom layers that contain batch
+            normalization, can be folded if their `call` works on symbolic tensors.
+        inputs: Inputs to compare outputs on, as you would call the model with them. Defaults to random
+            inputs.
+        tolerance: The largest allowed difference between outputs, relative to the largest output.
+            Defaults to 1e-4, and more for models that compute in half precision.
 
     Returns:
-        A Functional model of Keras's own layers: nothing that uses it needs tfbn. Its inputs and
-        outputs are nested as the model's, with the same keys; an output that was batch normalization's has
-        the name of the layer that took it up (`tfbn.export` keeps the old one). Its attribute
-        `report`, a `FoldReport`, says what became of each batch normalization layer and how large the
-        difference is. It is not compiled.
+        A Functional model of Keras's own layers, which needs no tfbn to load. It is not compiled. Its
+        inputs and outputs have the same structure and keys as the model's. An output of
+        a batch normalization layer is named after the layer that absorbed it (`tfbn.export` keeps the
+        original name). The attribute `report`, a `tfbn.FoldReport`, tells what became of each batch normalization
+        layer.
 
     Raises:
-        TypeError: if `model` is no Keras model.
-        ValueError: if the model is not built; if its graph cannot be seen; if a layer cannot be made
-            again from its config; if outputs of the model are not finite, or there are none to
-            compare; if `tolerance` is no number of at least 0.
-        FoldError: (a `ValueError`) if the outputs differ by more than the tolerance.
+        TypeError: If `model` is not a Keras model.
+        ValueError: If the model is not built; if its `call` does not work on symbolic tensors; if a layer
+            cannot be copied from its config; if outputs to compare are empty or not finite; or if `tolerance` is
+            not a number of at least 0.
+        FoldError: If the outputs differ by more than the tolerance. It is a `ValueError`.
 
     Example:
         >>> folded = tfbn.fold(model)
@@ -61,10 +62,10 @@ def fold(model: keras.Model, inputs: Any = None, *, tolerance: float | None = No
     """
     if not isinstance(model, keras.Model):
         raise TypeError(
-            f"Only a Keras model can be folded. Received: model={model!r} of type {type(model).__name__}."
+            f"`model` must be a Keras model. Received: model={model!r} of type {type(model).__name__}."
         )
     tolerance = compare.tolerance_for(model, tolerance)
-    graph = traced(model)
+    graph = trace(model)
     rows = fold_graph(graph)
     folded = assemble(graph, model)
     if inputs is None:
@@ -74,8 +75,8 @@ def fold(model: keras.Model, inputs: Any = None, *, tolerance: float | None = No
     folded.report = FoldReport(tuple(rows), difference, tolerance)
     if not difference <= tolerance:
         raise FoldError(
-            "The folded model gives other outputs than the model, so it is not returned. "
-            f"Received: a difference of {difference:.2g} of the largest output, tolerance={tolerance:.2g}. "
-            + compare.advice(model, inputs, tolerance)
+            "The folded model gives other outputs than the model. "
+            f"Received: a difference of {difference:.2g} relative to the largest output, "
+            f"tolerance={tolerance:.2g}. " + compare.advice(model, inputs, tolerance)
         )
     return folded

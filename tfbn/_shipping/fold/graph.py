@@ -1,4 +1,4 @@
-"""The graph of a model as plain data: calls of layers, and the symbolic tensors between them."""
+"""The graph of a model as plain data: calls of layers, connected by symbolic tensors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Call:
     """One call of a layer, or of an operation such as `keras.ops.add`.
 
     Attributes:
-        operation: What is called.
-        args: Positional arguments, nested, with `keras.KerasTensor`s of the graph among them.
-        kwargs: Keyword arguments, likewise.
-        outputs: What comes out, likewise.
-        within: The names of the models that it is inside of, outermost first.
-        weights: The weights of a linear layer for this call alone, once something is folded in.
-        affine: The map that a batch normalization layer is in inference.
-        kept: For a batch normalization layer that has to stay what it is: why.
+        operation: The layer or operation.
+        args: Its positional arguments, nested; some are `keras.KerasTensor`s of the graph.
+        kwargs: Its keyword arguments, likewise.
+        outputs: Its outputs, likewise.
+        within: The names of the models and layers that contain the call, outermost first.
+        weights: For a linear layer that absorbed a map: its weights in this call.
+        affine: For a batch normalization layer: the map that it computes in inference mode.
+        inputs: The symbolic tensors among its arguments.
     """
 
     operation: Any
@@ -34,7 +34,6 @@ class Call:
     within: tuple[str, ...] = ()
     weights: Weights | None = None
     affine: Affine | None = None
-    kept: str | None = None
     inputs: list[Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,13 +45,13 @@ class Call:
 
     @property
     def source(self) -> Any:
-        """What a layer of one input works on; a mask may come in beside it."""
+        """The argument that the layer transforms; others are masks or flags."""
         return self.args[0] if self.args else self.kwargs["inputs"]
 
-    def put(self, arguments: Callable[[Any], Any]) -> None:
-        """Replaces the tensors that go in."""
-        self.args = keras.tree.map_structure(arguments, self.args)
-        self.kwargs = keras.tree.map_structure(arguments, self.kwargs)
+    def replace_inputs(self, replacement: Callable[[Any], Any]) -> None:
+        """Replaces each argument by what a function returns for it."""
+        self.args = keras.tree.map_structure(replacement, self.args)
+        self.kwargs = keras.tree.map_structure(replacement, self.kwargs)
         self.inputs = tensors((self.args, self.kwargs))
 
     def __str__(self) -> str:
@@ -60,44 +59,45 @@ class Call:
 
 
 class Graph:
-    """The calls of a model in an order in which they can be made.
+    """The calls of a model, in an order in which they can be executed.
 
     Args:
-        holder: A Functional model with the inputs that the graph has.
-        inputs: The symbolic tensors in the place of those inputs, nested as they are.
+        model: A Functional model with the inputs of the graph.
+        inputs: The symbolic tensors that stand for these inputs, with the same structure.
         outputs: The outputs, nested.
         calls: The calls.
     """
 
-    def __init__(self, holder: keras.Model, inputs: Any, outputs: Any, calls: Iterable[Call]):
-        self.holder = holder
+    def __init__(self, model: keras.Model, inputs: Any, outputs: Any, calls: Iterable[Call]):
+        self.model = model
         self.inputs = inputs
         self.outputs = outputs
         self.calls = list(calls)
         self._index()
 
     def producer(self, tensor: Any) -> Call | None:
-        """The call that a tensor comes out of; None for an input of the model."""
+        """Returns the call that produces a tensor; None for an input of the model."""
         return self._producers.get(id(tensor))
 
     def consumers(self, tensor: Any) -> list[Call]:
-        """The calls that a tensor goes into, each as often as it does."""
+        """Returns the calls that take a tensor; a call that takes it twice comes twice."""
         return self._consumers.get(id(tensor), [])
 
     def is_output(self, tensor: Any) -> bool:
+        """Whether the model outputs the tensor."""
         return any(tensor is output for output in tensors(self.outputs))
 
     def bypass(self, call: Call) -> None:
-        """Takes out a call of one output: what it went into gets its input instead."""
-        (old,), new = tensors(call.outputs), call.source
+        """Removes a call with one output; its consumers take its input instead."""
+        new = Substitution(call.outputs, call.source)
         self.calls.remove(call)
-        for consumer in dict.fromkeys(self.consumers(old)):
-            consumer.put(lambda x: new if x is old else x)
-        self.outputs = keras.tree.map_structure(lambda x: new if x is old else x, self.outputs)
+        for consumer in dict.fromkeys(self.consumers(call.outputs)):
+            consumer.replace_inputs(new)
+        self.outputs = keras.tree.map_structure(new, self.outputs)
         self._index()
 
     def _index(self) -> None:
-        """Finds who makes and who takes what, and leaves out what nobody takes: masks that served nothing else."""
+        """Indexes producers and consumers, and removes calls without effect, as of unused masks."""
         needed = {id(tensor) for tensor in tensors(self.outputs)}
         used = []
         for call in reversed(self.calls):
@@ -112,6 +112,22 @@ class Graph:
                 self._consumers.setdefault(id(tensor), []).append(call)
 
 
+class Substitution:
+    """A function that returns a new symbolic tensor for an old one, and anything else as it is."""
+
+    def __init__(self, old: Any = (), new: Any = ()) -> None:
+        self._pairs: dict[int, tuple[Any, Any]] = {}
+        self.add(old, new)
+
+    def add(self, old: Any, new: Any) -> None:
+        """Pairs the tensors of two nested structures."""
+        for pair in zip(tensors(old), tensors(new), strict=True):
+            self._pairs[id(pair[0])] = pair  # Holds the old tensor, so that its id stays unique.
+
+    def __call__(self, x: Any) -> Any:
+        return self._pairs.get(id(x), (x, x))[1]
+
+
 def tensors(structure: Any) -> list[Any]:
-    """The symbolic tensors in a nested structure, in order."""
+    """Returns the symbolic tensors in a nested structure, in order."""
     return [x for x in keras.tree.flatten(structure) if isinstance(x, keras.KerasTensor)]

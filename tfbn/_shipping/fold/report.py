@@ -12,24 +12,24 @@ from tfbn._support.reports import Report, plain
 
 
 class Outcome(enum.StrEnum):
-    """What became of a batch normalization layer."""
+    """What can become of a batch normalization layer."""
 
-    INTO_PRECEDING = "folded into what it follows"
-    INTO_FOLLOWING = "folded into what it precedes"
+    INTO_PRECEDING = "folded into the preceding layer"
+    INTO_FOLLOWING = "folded into the following layer"
     MULTIPLY_ADD = "multiply-add"
     UNCHANGED = "unchanged"
 
 
 @dataclass(frozen=True)
-class Row:
+class FoldedCall:
     """What became of one call of a batch normalization layer.
 
     Attributes:
-        layer: Its name.
-        within: The names of the models that it is inside of, outermost first.
-        outcome: What became of it.
-        into: The names of the layers that took it up.
-        reason: Why it could not be folded.
+        layer: The name of the layer.
+        within: The names of the models and layers that contain it, outermost first.
+        outcome: What became of the call.
+        into: The names of the layers that absorbed it, or None.
+        reason: Why it could not be folded, or None.
     """
 
     layer: str
@@ -40,34 +40,37 @@ class Row:
 
     @property
     def path(self) -> str:
+        """The name of the layer after the names of what contains it, as `block/norm`."""
         return "/".join((*self.within, self.layer))
 
 
 @dataclass(frozen=True)
 class FoldReport(Report):
-    """What became of each batch normalization layer, and what difference it makes.
+    """What became of each batch normalization layer, and the difference it makes to the outputs.
 
-    `print(report)` shows a table.
+    `tfbn.fold` stores one in the attribute `report` of the model that it returns. `print(report)` shows a table, and
+    so does a notebook.
 
     Attributes:
-        rows: One for each call of a batch normalization layer.
-        difference: The largest difference between outputs of the folded model and of the original one,
+        rows: One entry for each call of a batch normalization layer, with the attributes `layer`,
+            `within`, `path`, `outcome`, `into` and `reason`.
+        difference: The largest difference between outputs of the folded and of the original model,
             relative to the largest output.
-        tolerance: What the difference was allowed to be.
+        tolerance: The largest difference that was allowed.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[FoldedCall, ...]
     difference: float
     tolerance: float
 
     @property
-    def left(self) -> tuple[Row, ...]:
-        """The rows of what could not be folded away."""
-        gone = (Outcome.INTO_PRECEDING, Outcome.INTO_FOLLOWING)
-        return tuple(row for row in self.rows if row.outcome not in gone)
+    def left(self) -> tuple[FoldedCall, ...]:
+        """The rows of the calls that were not folded into other layers."""
+        folded = (Outcome.INTO_PRECEDING, Outcome.INTO_FOLLOWING)
+        return tuple(row for row in self.rows if row.outcome not in folded)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it in plain types, fit for JSON."""
+        """Returns the report in plain types that JSON can represent; a number that is not finite is None."""
         return plain(
             {
                 "layers": [{**asdict(row), "outcome": row.outcome.value} for row in self.rows],
@@ -77,23 +80,23 @@ class FoldReport(Report):
         )
 
     def to_markdown(self) -> str:
-        """A sentence and a table in Markdown."""
+        """Returns the summary and the table as Markdown."""
         return f"{self.summary()}\n\n{tables.markdown(_HEADER, self._cells())}\n"
 
     def summary(self) -> str:
-        """One sentence."""
+        """Returns one sentence: how many calls had which outcome, and the difference."""
         counts = Counter(row.outcome for row in self.rows)
         parts = [f"{counts[outcome]} {outcome.value}" for outcome in Outcome if counts[outcome]]
         parts = parts or ["no batch normalization layers"]
         return (
-            f"{', '.join(parts)}; largest difference {self.difference:.1e} of the largest output."
+            f"{', '.join(parts)}; outputs differ by at most {self.difference:.1e} of the largest."
         )
 
     def __str__(self) -> str:
         return tables.text(self.summary(), _HEADER, self._cells())
 
     def _cells(self) -> list[list[str]]:
-        return [[r.path, r.outcome.value, r.into or r.reason or ""] for r in self.rows]
+        return [[row.path, row.outcome.value, row.into or row.reason or ""] for row in self.rows]
 
 
-_HEADER = ["batch normalization", "what became of it", "where, or why not"]
+_HEADER = ["layer", "outcome", "into, or why not"]

@@ -1,4 +1,4 @@
-"""Deciding where each batch normalization goes: into what made its input, or into what takes its output."""
+"""Finding the layers that can absorb each batch normalization."""
 
 from __future__ import annotations
 
@@ -12,53 +12,52 @@ from tfbn._shipping.fold.absorb import LINEAR, Linear, Weights, linear_reason, w
 from tfbn._shipping.fold.affine import Affine, CannotFold, of_batch_norm
 from tfbn._shipping.fold.commute import COMMUTING, Commutation
 from tfbn._shipping.fold.graph import Call, Graph, tensors
-from tfbn._shipping.fold.report import Outcome, Row
+from tfbn._shipping.fold.report import FoldedCall, Outcome
 
 Plan = list[tuple[Call, Weights | Affine]]
-"""What calls are to hold from now on."""
+"""New weights or a new map for each of these calls."""
 
 
-def fold_graph(graph: Graph) -> list[Row]:
-    """Folds what can be folded, and says of every batch normalization what became of it.
+def fold_graph(graph: Graph) -> list[FoldedCall]:
+    """Folds every batch normalization that can be folded, and returns what became of each.
 
-    Calls of batch normalization that are folded are gone from the graph; those that become a
-    multiply-add have an `affine`.
+    Folded calls are removed from the graph. Calls that become a multiply-add stay, with an `affine`.
     """
     for call in graph.calls:
         if _batch_norm(call) is not None and _inference_reason(call) is None:
             affine = of_batch_norm(_batch_norm(call), len(_shape(call, call.source)))
-            call.affine = _outside(call, affine)
+            call.affine = _with_time_axis(call, affine)
     rows = []
     for call in list(graph.calls):
         if _batch_norm(call) is not None:
             rows.append(_fold_one(graph, call))
         elif isinstance(call.operation, keras.layers.Layer):
             within = (*call.within, call.name)
-            reason = f"it is inside of {call}, which stays whole"
+            reason = f"it is inside {call}, which is kept whole"
             rows += [
-                Row(layer.name, within, Outcome.UNCHANGED, None, reason)
+                FoldedCall(layer.name, within, Outcome.UNCHANGED, None, reason)
                 for layer in batch_norm_layers(call.operation)
             ]
     return rows
 
 
-def _fold_one(graph: Graph, call: Call) -> Row:
-    def row(outcome: Outcome, into: Sequence[Call] = (), reason: str | None = None) -> Row:
-        names = ", ".join(dict.fromkeys(target.name for target in into)) or None
-        return Row(call.name, call.within, outcome, names, reason)
+def _fold_one(graph: Graph, call: Call) -> FoldedCall:
+    def result(outcome: Outcome, into: Plan | None = None, reason: str | None = None) -> FoldedCall:
+        names = ", ".join(dict.fromkeys(target.name for target, _ in into or [])) or None
+        return FoldedCall(call.name, call.within, outcome, names, reason)
 
     if call.affine is None:
-        return row(Outcome.UNCHANGED, reason=_inference_reason(call))
+        return result(Outcome.UNCHANGED, reason=_inference_reason(call))
     search = _Search(graph, call.outputs.dtype)
     reasons = []
-    for way, outcome in (
-        (lambda: search.up(call.source, call.affine), Outcome.INTO_PRECEDING),
-        (lambda: search.down(call.outputs, call.affine), Outcome.INTO_FOLLOWING),
+    for absorb, tensor, outcome in (
+        (search.into_preceding, call.source, Outcome.INTO_PRECEDING),
+        (search.into_following, call.outputs, Outcome.INTO_FOLLOWING),
     ):
         try:
-            plan = way()
-        except CannotFold as stays:
-            reasons.append(str(stays))
+            plan = absorb(tensor, call.affine)
+        except CannotFold as reason:
+            reasons.append(str(reason))
             continue
         for target, state in plan:
             if isinstance(state, Affine):
@@ -66,47 +65,47 @@ def _fold_one(graph: Graph, call: Call) -> Row:
             else:
                 target.weights = state
         graph.bypass(call)
-        return row(outcome, [target for target, _ in plan])
-    return row(Outcome.MULTIPLY_ADD, reason="; ".join(reasons))
+        return result(outcome, into=plan)
+    return result(Outcome.MULTIPLY_ADD, reason="; ".join(reasons))
 
 
 def _batch_norm(call: Call) -> BatchNormLayer | None:
-    """The batch normalization layer that is called, be it once for every step in time."""
+    """The batch normalization layer that is called, directly or by `TimeDistributed`; otherwise None."""
     layer = call.operation.layer if _is_timed(call) else call.operation
     return layer if isinstance(layer, CLASSES) else None
 
 
 def _inference_reason(call: Call) -> str | None:
-    """Why the call is not the map that batch normalization is in inference, or None."""
+    """Why the call does not compute batch normalization in inference mode, or None."""
     layer: Any = _batch_norm(call)
     if type(layer).call not in [kind.call for kind in CLASSES]:
-        return f"its class {type(layer).__name__} has a behaviour of its own"
+        return f"its class {type(layer).__name__} overrides call"
     if call.kwargs.get("training"):
-        return "its call says training=True"
+        return "it is called with training=True"
     return None
 
 
 class _Search:
-    """Looks for the layers that take up a map. Changes nothing: it returns a plan, or raises `CannotFold`.
+    """Searches for the layers that can absorb a map. Returns a plan or raises `CannotFold`; changes nothing.
 
-    All that is on the way has to compute in one dtype, that of the map: what is float32 for good reasons is
-    not to become float16.
+    Every layer on the way must compute in the dtype of the map, so that what is computed in float32 on
+    purpose does not move into a float16 layer.
     """
 
     def __init__(self, graph: Graph, dtype: str) -> None:
         self._graph = graph
         self._dtype = dtype
 
-    def up(self, tensor: Any, affine: Affine) -> Plan:
-        """Puts a map of a tensor into what made the tensor."""
+    def into_preceding(self, tensor: Any, affine: Affine) -> Plan:
+        """Finds what can absorb a map of a tensor before the tensor is computed."""
         call = self._graph.producer(tensor)
         if call is None:
             raise CannotFold("its input is an input of the model")
         if self._graph.is_output(tensor):
-            raise CannotFold(f"the model outputs {call}, too")
-        takers = self._graph.consumers(tensor)
-        if len(takers) > 1:
-            raise CannotFold(f"{call} feeds {len(takers)} layers")
+            raise CannotFold(f"the model also outputs {call}")
+        consumers = self._graph.consumers(tensor)
+        if len(consumers) > 1:
+            raise CannotFold(f"{call} feeds {len(consumers)} layers")
         self._require_same_dtype(call)
         if call.affine is not None:
             return [(call, affine.after(call.affine))]
@@ -118,50 +117,50 @@ class _Search:
                 raise CannotFold(reason)
             return [(call, rule.absorb_output(layer, _weights(call, layer), affine, shapes[0]))]
         if call.kwargs.get("training"):
-            raise CannotFold(f"the call of {call} says training=True")
+            raise CannotFold(f"{call} is called with training=True")
         sources = keras.tree.flatten(call.source)
         shapes = [_shape(call, source) for source in sources]
         maps = rule.backward(layer, affine, shapes, _shape(call, tensor))
         plan: Plan = []
         for source, map_of_source in zip(sources, maps, strict=True):
-            plan += self.up(source, _outside(call, map_of_source))
+            plan += self.into_preceding(source, _with_time_axis(call, map_of_source))
         return plan
 
-    def down(self, tensor: Any, affine: Affine) -> Plan:
-        """Puts a map of a tensor into all that takes the tensor."""
+    def into_following(self, tensor: Any, affine: Affine) -> Plan:
+        """Finds what can absorb a map of a tensor in every call that takes the tensor."""
         if self._graph.is_output(tensor):
             raise CannotFold("the model outputs it")
         plan: Plan = []
         for call in self._graph.consumers(tensor):
-            plan += self._into(call, tensor, affine)
+            plan += self._into_consumer(call, tensor, affine)
         return plan
 
-    def _into(self, call: Call, tensor: Any, affine: Affine) -> Plan:
+    def _into_consumer(self, call: Call, tensor: Any, affine: Affine) -> Plan:
         self._require_same_dtype(call)
         if call.affine is not None:
             return [(call, call.affine.after(affine))]
         if sum(source is tensor for source in call.inputs) > 1 or call.source is not tensor:
-            raise CannotFold(f"it goes into {call} beside other inputs")
+            raise CannotFold(f"{call} has other inputs, too")
         layer, rule, inner = _rule(call, affine)
         shape = _shape(call, tensor)
         if isinstance(rule, Linear):
             return [(call, rule.absorb_input(layer, _weights(call, layer), inner, shape))]
         if call.kwargs.get("training"):
-            raise CannotFold(f"the call of {call} says training=True")
-        after = rule.forward(layer, inner, shape, _shape(call, call.outputs))
-        return self.down(call.outputs, _outside(call, after))
+            raise CannotFold(f"{call} is called with training=True")
+        map_of_output = rule.forward(layer, inner, shape, _shape(call, call.outputs))
+        return self.into_following(call.outputs, _with_time_axis(call, map_of_output))
 
     def _require_same_dtype(self, call: Call) -> None:
         for output in tensors(call.outputs):
             if output.dtype != self._dtype:
-                raise CannotFold(f"{call} gives {output.dtype}, and it gives {self._dtype}")
+                raise CannotFold(f"{call} computes {output.dtype}, not {self._dtype}")
 
 
 def _weights(call: Call, layer: keras.layers.Layer) -> Weights:
     return call.weights or weights_of(layer)
 
 
-# TimeDistributed calls the layer inside without the axis of time.
+# TimeDistributed calls the layer inside it without the time axis.
 
 
 def _is_timed(call: Call) -> bool:
@@ -169,14 +168,14 @@ def _is_timed(call: Call) -> bool:
 
 
 def _rule(call: Call, affine: Affine) -> tuple[keras.layers.Layer, Linear | Commutation, Affine]:
-    """The layer that does the work, its rule, and the map as that layer sees it."""
+    """Returns the layer that computes, its rule, and the map without the time axis that `TimeDistributed` hides."""
     layer = call.operation.layer if _is_timed(call) else call.operation
     rule = LINEAR.get(type(layer)) or COMMUTING.get(type(layer))
     if rule is None:
-        raise CannotFold(f"{call} is no linear map")
+        raise CannotFold(f"{call} is not linear")
     if _is_timed(call):
         if affine.scale.shape[1] > 1 or affine.shift.shape[1] > 1:
-            raise CannotFold(f"it varies along the time of {call}")
+            raise CannotFold(f"it varies along the time axis of {call}")
         affine = affine.map_arrays(lambda array: array[:, 0])
     return layer, rule, affine
 
@@ -185,5 +184,5 @@ def _shape(call: Call, tensor: Any) -> Sequence[int | None]:
     return (tensor.shape[0], *tensor.shape[2:]) if _is_timed(call) else tensor.shape
 
 
-def _outside(call: Call, affine: Affine) -> Affine:
+def _with_time_axis(call: Call, affine: Affine) -> Affine:
     return affine.map_arrays(lambda array: array[:, None]) if _is_timed(call) else affine

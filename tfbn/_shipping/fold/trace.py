@@ -1,11 +1,10 @@
-"""From a model to its graph: nested models are laid out flat, and layers made of layers are opened.
+"""Tracing a model into a graph without nested models.
 
-Nothing is called for real: the layers of the model see no call, so that `layer.output` stays what it is.
+The layers of the model are not called, so that their recorded calls (`layer.output`) do not change.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -22,18 +21,18 @@ from tfbn._models.functional import (
 )
 from tfbn._models.rebuild import Copies
 from tfbn._models.walk import CLASSES, batch_norm_layers, children, walk
-from tfbn._shipping.fold.graph import Call, Graph, tensors
+from tfbn._shipping.fold.graph import Call, Graph, Substitution, tensors
 from tfbn._support.checks import first_line
 
 
-def traced(model: keras.Model) -> Graph:
-    """The graph of a model in calls of its own layers.
+def trace(model: keras.Model) -> Graph:
+    """Returns the graph of a model, as calls of its own layers.
 
-    Nested models are laid out flat. So are layers of the user's own with batch normalization inside,
-    where their `call` can be followed with symbolic tensors; otherwise they stay whole.
+    Nested models are flattened. So are custom layers that contain batch normalization if their `call` works on
+    symbolic tensors; others are kept whole.
 
     Raises:
-        ValueError: if the model is not built, or is a subclassed one whose `call` cannot be followed.
+        ValueError: If the model is not built, or is a subclassed model whose `call` cannot be traced.
     """
     return _Tracer(model).graph(model)
 
@@ -44,52 +43,48 @@ class _Tracer:
 
     def graph(self, model: keras.Model) -> Graph:
         graph = _graph_of(self._functional(model))
-        calls: list[Call] = []
-        replaced: dict[int, Any] = {}
-
-        now = partial(_given, replaced)
         originals = self._copies.originals
+        calls: list[Call] = []
+        outer = Substitution()
         for call in graph.calls:
             call.operation = originals.get(id(call.operation), call.operation)
-            call.put(now)
-            inner = self._inside(call)
-            if inner is None:
+            call.replace_inputs(outer)
+            inside = self._inside(call)
+            if inside is None:
                 calls.append(call)
                 continue
-            given = dict(zip(map(id, tensors(inner.inputs)), tensors(call.args), strict=True))
-            for inner_call in inner.calls:
-                inner_call.put(partial(_given, given))
+            inner = Substitution(inside.inputs, call.args)
+            for inner_call in inside.calls:
+                inner_call.replace_inputs(inner)
                 inner_call.within = (call.name, *inner_call.within)
-            made = [_given(given, x) for x in tensors(inner.outputs)]
-            replaced |= dict(zip(map(id, tensors(call.outputs)), made, strict=True))
-            calls += inner.calls
-        outputs = keras.tree.map_structure(now, graph.outputs)
-        return Graph(graph.holder, graph.inputs, outputs, calls)
+            outer.add(call.outputs, keras.tree.map_structure(inner, inside.outputs))
+            calls += inside.calls
+        outputs = keras.tree.map_structure(outer, graph.outputs)
+        return Graph(graph.model, graph.inputs, outputs, calls)
 
     def _functional(self, model: keras.Model) -> keras.Model:
         if is_functional(model):
             return model
         if not model.built:
             raise ValueError(
-                "The model is not built, hence has no shapes yet. Call it on an example, or give it an "
+                "The model is not built, so its shapes are unknown. Call it on an example, or give it an "
                 f"Input. Received: model '{model.name}' of class {type(model).__name__}."
             )
         if isinstance(model, keras.Sequential):
             return functional_of(model)
         inputs = _inputs_of(model)
         try:
-            return self._followed(model, [inputs])
-        except Exception as error:  # `call` is the user's own code.
+            return self._trace_call(model, [inputs])
+        except Exception as error:  # `call` is user code, which can raise anything.
             raise ValueError(
-                f"The graph of the model '{model.name}' of class {type(model).__name__} cannot be seen: "
-                "its `call` does not work on symbolic tensors. "
-                f"Received: {first_line(error)} "
-                "Use layers and keras.ops in `call`, with one argument for the inputs, or build a "
+                f"Cannot trace the model '{model.name}' of class {type(model).__name__}: its `call` "
+                f"does not work on symbolic tensors. Received: {first_line(error)} "
+                "In `call`, use only layers and keras.ops, and one argument for all inputs; or build a "
                 "Functional model."
             ) from error
 
     def _inside(self, call: Call) -> Graph | None:
-        """The graph inside a called layer, or None if the layer is to stay whole."""
+        """Returns the graph inside a called layer, or None if the layer is to be kept whole."""
         layer = call.operation
         if not isinstance(layer, keras.layers.Layer) or isinstance(layer, CLASSES):
             return None
@@ -104,13 +99,13 @@ class _Tracer:
                 graph = self.graph(layer)
             else:
                 inputs = keras.tree.map_structure(_input_like, list(call.args))
-                graph = self.graph(self._followed(layer, inputs))
-        except Exception:  # Whatever the user's code raises on symbolic tensors.
+                graph = self.graph(self._trace_call(layer, inputs))
+        except Exception:  # `call` is user code, which can raise anything on symbolic tensors.
             return None
-        return graph if _fits(graph, call) else None
+        return graph if _casts_alike(graph, call) else None
 
-    def _followed(self, layer: keras.layers.Layer, args: list[Any]) -> keras.Model:
-        """The way through the `call` of a layer as a Functional model of copies of what it calls."""
+    def _trace_call(self, layer: keras.layers.Layer, args: list[Any]) -> keras.Model:
+        """Returns the `call` of a layer as a Functional model, made of copies of the layers that it calls."""
         inside = {id(weight) for child in children(layer) for weight in child.weights}
         if any(id(weight) not in inside for weight in layer.weights):
             raise ValueError("it has weights of its own")
@@ -120,12 +115,12 @@ class _Tracer:
         model = keras.Model(inputs, copy.call(*args, **inference))
         known = self._copies.originals
         if any(layer.weights and id(layer) not in known for layer in model.layers):
-            raise ValueError("it makes layers as it is called")
+            raise ValueError("it creates layers in its call")
         return model
 
 
 def _inputs_of(model: keras.Model) -> Any:
-    """New inputs for a subclassed model; Keras wants those in a dict to have the names of their keys."""
+    """Returns new inputs for a subclassed model. Keras requires inputs in a dict to be named after their keys."""
     seen = seen_inputs(model)
     flat = keras.tree.flatten(seen)
     taken = {layer.name for layer in walk(model, set())}
@@ -137,12 +132,8 @@ def _inputs_of(model: keras.Model) -> Any:
     return keras.tree.pack_sequence_as(seen, inputs)
 
 
-def _given(values: dict[int, Any], x: Any) -> Any:
-    return values.get(id(x), x)
-
-
 class _Recorder(keras.Operation):
-    """Stands in the graph for a layer, and knows the shapes that come out of it."""
+    """Stands for a layer in the traced graph: it computes the output shapes without calling the layer."""
 
     def __init__(self, operation: Any) -> None:
         super().__init__()
@@ -153,7 +144,7 @@ class _Recorder(keras.Operation):
 
 
 def _graph_of(model: keras.Model) -> Graph:
-    """The graph of a Functional model, nested models as they are."""
+    """Returns the graph of a Functional model, with nested models as single calls."""
     calls = []
 
     def record(operation: Any, *args: Any, **kwargs: Any) -> Any:
@@ -175,10 +166,11 @@ def _input_like(tensor: Any) -> Any:
     return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, sparse=tensor.sparse)
 
 
-def _fits(graph: Graph, call: Call) -> bool:
-    """Whether the layers inside get by themselves what they would get by a call of the whole.
+def _casts_alike(graph: Graph, call: Call) -> bool:
+    """Whether the layers inside cast their inputs as the call of the whole layer does.
 
-    A call converts its inputs to the types that it wants. Every layer does so too, an operation does not.
+    A call casts its inputs to the compute dtype of the layer. A layer inside does so itself, an operation does
+    not.
     """
     given, wanted = tensors(call.args), tensors(graph.inputs)
     if [len(tensor.shape) for tensor in given] != [len(tensor.shape) for tensor in wanted]:
@@ -186,8 +178,8 @@ def _fits(graph: Graph, call: Call) -> bool:
     custom = is_custom(call.operation)
     for outside, inside in zip(given, wanted, strict=True):
         dtype = call.operation.compute_dtype if custom else inside.dtype
-        takers = [consumer.operation for consumer in graph.consumers(inside)]
-        converted = "float" in dtype and all(getattr(taker, "autocast", False) for taker in takers)
-        if outside.dtype != dtype and (not converted or graph.is_output(inside)):
+        consumers = [consumer.operation for consumer in graph.consumers(inside)]
+        cast = "float" in dtype and all(getattr(layer, "autocast", False) for layer in consumers)
+        if outside.dtype != dtype and (not cast or graph.is_output(inside)):
             return False
     return True

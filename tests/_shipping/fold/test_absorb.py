@@ -1,4 +1,4 @@
-"""Folding into every kind of layer: the weights' algebra, in float64."""
+"""Every kind of linear layer absorbs a scale and a shift: the algebra of the weights, in float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graphs import randomize
 from tfbn._models.walk import batch_norm_layers
 from tfbn._shipping.fold.assemble import assemble
 from tfbn._shipping.fold.search import fold_graph
-from tfbn._shipping.fold.trace import traced
+from tfbn._shipping.fold.trace import trace
 
 layers = keras.layers
 Norm = layers.BatchNormalization
@@ -32,13 +32,13 @@ def norm(data_format: str = "channels_last", kind: Any = Norm, **arguments: Any)
     return kind(axis=axis, dtype="float64", **arguments)
 
 
-def made(kind: str, data_format: str = "channels_last", **arguments: Any) -> Any:
-    """The layer of this name in the table below."""
+def create(kind: str, data_format: str = "channels_last", **arguments: Any) -> Any:
+    """Creates the layer of this name in the table below."""
     return MAKERS[kind][1](data_format, dtype="float64", **arguments)
 
 
-def folded_alike(model: keras.Model, left: int = 0) -> Any:
-    """Folds and compares on inputs of its own, as exactly as float64 allows."""
+def folded_exactly(model: keras.Model, left: int = 0) -> Any:
+    """Folds, and compares on other inputs than `fold` does, as exactly as float64 allows."""
     randomize(model)
     folded = tfbn.fold(model, tolerance=1e-12)
     assert batch_norm_layers(folded) == []
@@ -86,49 +86,49 @@ CONVOLUTIONS = [name for name in LINEAR if "dense" not in name]
 
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("name", MAKERS)
-def test_it_folds_into_the_layer_that_it_follows(name, use_bias):
+def test_each_linear_layer_absorbs_the_batch_normalization_after_it(name, use_bias):
     x = image(MAKERS[name][0])
-    layer = made(name, use_bias=use_bias)
-    report = folded_alike(keras.Model(x, norm()(layer(x))))
+    layer = create(name, use_bias=use_bias)
+    report = folded_exactly(keras.Model(x, norm()(layer(x))))
     assert (report.rows[0].into, report.rows[0].outcome) == (
         layer.name,
-        "folded into what it follows",
+        "folded into the preceding layer",
     )
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("name", LINEAR)
-def test_it_folds_into_the_layer_that_it_precedes(name, use_bias):
+def test_each_linear_layer_absorbs_the_batch_normalization_before_it(name, use_bias):
     x = image(MAKERS[name][0])
-    # An activation behind does not matter here.
-    layer = made(name, use_bias=use_bias, activation="tanh")
-    report = folded_alike(keras.Model(x, layer(norm(kind=tfbn.BatchNormalization)(x))))
+    # The activation comes later, so it does not matter.
+    layer = create(name, use_bias=use_bias, activation="tanh")
+    report = folded_exactly(keras.Model(x, layer(norm(kind=tfbn.BatchNormalization)(x))))
     assert (report.rows[0].into, report.rows[0].outcome) == (
         layer.name,
-        "folded into what it precedes",
+        "folded into the following layer",
     )
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_a_shift_does_not_fold_into_a_layer_that_pads_with_zeros(name):
+def test_no_shift_is_folded_into_a_following_layer_that_pads_with_zeros(name):
     x = image(MAKERS[name][0])
-    report = folded_alike(keras.Model(x, made(name, padding="same")(norm()(x))), left=1)
+    report = folded_exactly(keras.Model(x, create(name, padding="same")(norm()(x))), left=1)
     assert "pads its input with zeros" in report.rows[0].reason
     assert report.rows[0].outcome == "multiply-add"
 
 
 @pytest.mark.parametrize("name", TRANSPOSED)
-def test_a_shift_does_not_fold_into_a_transposed_convolution_that_it_precedes(name):
+def test_no_shift_is_folded_into_a_following_transposed_convolution(name):
     x = image(MAKERS[name][0])
-    report = folded_alike(keras.Model(x, made(name)(norm()(x))), left=1)
-    assert "adds up another number of inputs" in report.rows[0].reason
+    report = folded_exactly(keras.Model(x, create(name)(norm()(x))), left=1)
+    assert "sums a different number of inputs" in report.rows[0].reason
 
 
 @pytest.mark.parametrize("name", [*CONVOLUTIONS, *TRANSPOSED])
-def test_a_scale_without_shift_folds_whatever_the_padding(name):
+def test_a_scale_without_a_shift_is_folded_whatever_the_padding(name):
     x = image(MAKERS[name][0])
     bn = norm(center=False)
-    layer = made(name, padding="same")
+    layer = create(name, padding="same")
     model = randomize(keras.Model(x, layer(bn(x))))
     bn.moving_mean.assign(np.zeros(4))
     assert tfbn.fold(model, tolerance=1e-12).report.rows[0].into == layer.name
@@ -136,51 +136,51 @@ def test_a_scale_without_shift_folds_whatever_the_padding(name):
 
 @pytest.mark.parametrize("behind", [True, False])
 @pytest.mark.parametrize("name", [*CONVOLUTIONS, *TRANSPOSED])
-def test_channels_first_gets_the_weights_that_channels_last_gets(name, behind):
-    # By the weights alone: TensorFlow has no kernels for many of them on the CPU.
+def test_both_data_formats_give_the_same_weights(name, behind):
+    # Compares weights only: TensorFlow has no CPU kernel for many layers with channels first.
     folded = []
     for data_format in ("channels_last", "channels_first"):
         x = image(MAKERS[name][0], data_format)
-        bn, layer = norm(data_format, center=behind), made(name, data_format, name="layer")
+        bn, layer = norm(data_format, center=behind), create(name, data_format, name="layer")
         model = randomize(keras.Model(x, bn(layer(x)) if behind else layer(bn(x))))
-        if name in TRANSPOSED:  # They take no shift from in front.
+        if name in TRANSPOSED:  # They do not absorb a shift of their input.
             bn.moving_mean.assign(np.zeros(bn.moving_mean.shape))
-        graph = traced(model)
+        graph = trace(model)
         assert [row.into for row in fold_graph(graph)] == ["layer"]
         folded.append(assemble(graph, model).get_layer("layer").get_weights())
     for last, first in zip(*folded, strict=True):
         np.testing.assert_array_equal(first, last)
 
 
-def test_channels_first_runs():
+def test_a_model_with_channels_first_is_folded():
     x = keras.Input((4, 8, 9))
     bn, conv = Norm(axis=1), layers.Conv2D(3, 3, data_format="channels_first")
     folded = tfbn.fold(randomize(keras.Model(x, conv(bn(x)))))
     assert folded.report.left == ()
 
 
-def test_a_layer_without_bias_gets_none_where_nothing_is_shifted():
+def test_a_layer_without_a_bias_gets_none_without_a_shift():
     x = keras.Input((8, 8, 4))
     bn = Norm(center=False)
     model = keras.Model(x, bn(layers.Conv2D(3, 3, use_bias=False, name="conv")(x)))
     assert not tfbn.fold(model).get_layer("conv").use_bias
 
 
-def test_a_window_of_one_never_pads():
+def test_a_kernel_of_size_one_never_pads():
     x = image(2)
     conv = layers.Conv2D(5, 1, 2, padding="same", dtype="float64")
-    assert folded_alike(keras.Model(x, conv(norm()(x)))).rows[0].into == conv.name
+    assert folded_exactly(keras.Model(x, conv(norm()(x)))).rows[0].into == conv.name
 
 
 def test_causal_padding_pads_with_zeros():
     x = image(1)
     conv = layers.Conv1D(5, 2, padding="causal", dtype="float64")
-    folded_alike(keras.Model(x, conv(norm()(x))), left=1)
+    folded_exactly(keras.Model(x, conv(norm()(x))), left=1)
 
 
 # EinsumDense
 
-EINSUMS = [  # equation, input, output, bias axes, axis of the batch normalization behind and in front
+EINSUMS = [  # equation, input, output, bias axes, axis of the batch normalization after and before
     ("abc,cd->abd", (9, 4), (9, 5), None, -1, -1),
     ("abc,cd->abd", (9, 4), (9, 5), "d", -1, -1),
     ("...x,xy->...y", (9, 4), 5, "y", -1, -1),
@@ -196,33 +196,33 @@ EINSUMS = [  # equation, input, output, bias axes, axis of the batch normalizati
 
 @pytest.mark.parametrize("behind", [True, False])
 @pytest.mark.parametrize("case", EINSUMS, ids=lambda case: f"{case[0]}-{case[3]}")
-def test_it_folds_into_einsum_dense(case, behind):
+def test_einsum_dense_absorbs_batch_normalization_on_either_side(case, behind):
     equation, shape, output, bias, axis_behind, axis_in_front = case
     x = keras.Input(shape, dtype="float64")
     einsum = layers.EinsumDense(equation, output, bias_axes=bias, dtype="float64")
     bn = tfbn.BatchNormalization(axis_behind if behind else axis_in_front, dtype="float64")
-    report = folded_alike(keras.Model(x, bn(einsum(x)) if behind else einsum(bn(x))))
+    report = folded_exactly(keras.Model(x, bn(einsum(x)) if behind else einsum(bn(x))))
     assert report.rows[0].into == einsum.name
 
 
-def test_einsum_dense_has_no_weights_for_an_axis_that_its_kernel_has_not():
+def test_einsum_dense_does_not_absorb_statistics_along_an_axis_without_weights():
     x = keras.Input((9, 4), dtype="float64")
     einsum = layers.EinsumDense("abc,cd->abd", (9, 5), dtype="float64")
     bn = tfbn.BatchNormalization(axis=1, dtype="float64")
-    report = folded_alike(keras.Model(x, bn(einsum(x))), left=1)
-    assert "no weights for the axis" in report.rows[0].reason
+    report = folded_exactly(keras.Model(x, bn(einsum(x))), left=1)
+    assert "no weights along the axis" in report.rows[0].reason
 
 
-# Other layers
+# Several axes, and what remains
 
 
-def test_a_list_of_axes_folds_where_a_layer_has_weights_for_each_place():
+def test_a_list_of_axes_is_folded_into_a_layer_with_weights_for_each_position():
     x = image(2)
     h = layers.Flatten(dtype="float64")(tfbn.BatchNormalization([1, 2, 3], dtype="float64")(x))
-    folded_alike(keras.Model(x, layers.Dense(5, dtype="float64")(h)))
+    folded_exactly(keras.Model(x, layers.Dense(5, dtype="float64")(h)))
 
 
-def test_what_is_left_is_a_multiply_add_of_keras_on_any_axes():
+def test_what_no_layer_absorbs_becomes_a_rescaling_on_any_axes():
     for axis in (1, 2, -1, [1, 3], [1, 2, 3]):
         x = image(2)
         model = randomize(
@@ -233,18 +233,18 @@ def test_what_is_left_is_a_multiply_add_of_keras_on_any_axes():
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4])
-def test_a_multiply_add_is_right_under_either_image_format_of_keras(rank, monkeypatch):
+def test_a_multiply_add_is_right_under_either_image_data_format(rank, monkeypatch):
     before = keras.config.image_data_format()
     keras.config.set_image_data_format("channels_first")
     try:
         x = keras.Input((5, 6, 7, 4)[-rank:], dtype="float64")
-        folded_alike(keras.Model(x, norm()(x)), left=1)
+        folded_exactly(keras.Model(x, norm()(x)), left=1)
     finally:
         keras.config.set_image_data_format(before)
 
 
 @pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16", "float16"])
-def test_half_precision_is_cast_once(dtype):
+def test_half_precision_weights_are_rounded_once(dtype):
     x = keras.Input((8, 8, 4))
     conv = layers.Conv2D(5, 3, dtype=dtype, name="conv")
     bn = Norm(dtype=dtype)
