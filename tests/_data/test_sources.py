@@ -201,7 +201,7 @@ NO_DATA = {
     "arrays": ((X[:0], Y[:0]), "must all have the same number of examples"),
     "dataset": (dataset().take(0), "`data` has no batches"),
     "unknown length": (dataset().filter(lambda *batch: False), "`data` has no batches"),
-    "generator": (iter(()), "make a new one. Received: data that gave 0 batches"),
+    "generator": (iter(()), "create a new one. Received: data with 0 batches"),
 }
 BAD_DATA = {
     "lengths": ((X, Y[:-1]), ValueError, r"same number.* Received: data=\(ndarray\(10, 2\), nd"),

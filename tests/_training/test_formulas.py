@@ -69,7 +69,7 @@ class Network:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_L14_the_steps_are_those_of_the_formulas_in_float64(kind):
+def test_steps_match_the_formulas_in_float64(kind):
     rng = np.random.default_rng(14)
     sizes, batch = [5, 7, 6, 3], 10
     x, labels = rng.normal(2, 3, (6 * batch, sizes[0])), rng.integers(0, sizes[-1], 6 * batch)
@@ -119,7 +119,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_L6_every_optimizer_trains_gamma_and_beta(name):
+def test_every_optimizer_trains_gamma_and_beta(name):
     """The data is a shifted and scaled normal: gamma and beta alone can fit it, and must."""
     rng = np.random.default_rng(6)
     x = rng.normal(size=(64, 3)).astype("float32")
@@ -154,7 +154,7 @@ CROSSENTROPY = {"from_logits": True}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_equals_keras_fit(kind):
+def test_training_equals_keras_fit_to_the_bit(kind):
     """The same bits: weights, optimizer, losses and metrics, on the data, and on that for validation."""
     train, test = images(70), images(40)
     data = tf.data.Dataset.from_tensor_slices((*train, np.linspace(0, 2, 70))).batch(16)
@@ -201,7 +201,7 @@ class Batches:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_accumulated_updates_equal_those_of_the_joined_batches(optimizer):
+def test_accumulated_updates_equal_those_of_the_concatenated_batches(optimizer):
     """Groups of 3 unequal batches, the last one short, are the updates of their concatenations."""
     x, y = images(50)
     weight = np.linspace(0, 2, 50).astype("float32")
@@ -223,7 +223,7 @@ def test_accumulated_updates_equal_those_of_the_joined_batches(optimizer):
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_training_by_xla_is_training(steps):
+def test_training_with_xla_matches_training_without(steps):
     rng = np.random.default_rng(0)
     x, y = rng.normal(3, 2, (48, 4)), rng.normal(size=(48, 1))
     seen = []
@@ -242,7 +242,7 @@ def test_training_by_xla_is_training(steps):
 
 
 @pytest.mark.parametrize("momentum", [0.9, None])
-def test_accumulated_statistics_are_those_of_the_joined_batches(momentum):
+def test_accumulated_statistics_equal_those_of_the_concatenated_batches(momentum):
     """One update of the moving statistics a group, with the mean and variance of all its values."""
     x = np.random.default_rng(0).normal(1e3, 1, (50, 4)).astype("float32")
     sizes, joined = [8, 1, 7, 10, 5, 2, 12, 5], [16, 17, 17]
@@ -259,7 +259,7 @@ def test_accumulated_statistics_are_those_of_the_joined_batches(momentum):
     np.testing.assert_allclose(layer.moving_variance, variance, rtol=1e-5)
 
 
-def test_accumulation_keeps_the_calls_of_a_shared_layer_apart():
+def test_accumulation_updates_a_shared_layer_once_per_call():
     """A layer that the model calls twice makes two updates a batch, and two a group."""
     x = np.random.default_rng(0).normal(3, 2, (12, 4)).astype("float32")
     layer = BatchNormalization(momentum=0.5, center=False, scale=False)
@@ -277,7 +277,7 @@ def test_accumulation_keeps_the_calls_of_a_shared_layer_apart():
     np.testing.assert_allclose(layer.moving_variance, variance, rtol=1e-5)
 
 
-def test_accumulation_counts_the_steps_that_a_mask_keeps():
+def test_accumulation_weights_batches_by_their_unmasked_steps():
     """Keras's loss is a mean over unmasked steps: so is the mean over all batches of a group."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(12, 5, 3)).astype("float32")
@@ -295,7 +295,7 @@ def test_accumulation_counts_the_steps_that_a_mask_keeps():
         np.testing.assert_allclose(accumulated, whole, rtol=1e-5, atol=1e-6)
 
 
-def test_accumulation_takes_the_sparse_gradients_of_an_embedding():
+def test_accumulation_supports_the_sparse_gradients_of_an_embedding():
     x = np.random.default_rng(0).integers(0, 6, (12, 3))
     y = np.arange(12.0)[:, None]
     seen = []
@@ -310,7 +310,7 @@ def test_accumulation_takes_the_sparse_gradients_of_an_embedding():
         np.testing.assert_allclose(accumulated, whole, rtol=1e-5, atol=1e-6)
 
 
-def test_an_empty_batch_adds_nothing_to_a_group():
+def test_an_empty_batch_adds_nothing_to_an_accumulated_update():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(20, 4)), rng.normal(size=(20, 1))
     seen = []

@@ -30,7 +30,7 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_statistics_that_do_not_move_in_the_first_epoch_are_an_error(kind):
+def test_statistics_that_do_not_change_in_the_first_epoch_raise(kind):
     epochs = []
     ended = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: epochs.append(epoch))
     loop = TrainingLoop(Forgetful(kind), "sgd", "mse")
@@ -38,7 +38,7 @@ def test_statistics_that_do_not_move_in_the_first_epoch_are_an_error(kind):
         loop.fit(data(), batch_size=10, epochs=3, callbacks=ended, verbose=0)
     assert isinstance(raised.value, RuntimeError)
     text = str(raised.value)
-    assert "statistics of 1 of 2 layers did not move" in text
+    assert "statistics of 1 of 2 layers did not change" in text
     assert "Received: 'bad', after 2 steps." in text
     assert "self.bn(x, training=training)" in text
     assert "`tfbn.freeze(model)`" in text
@@ -47,20 +47,20 @@ def test_statistics_that_do_not_move_in_the_first_epoch_are_an_error(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("still", [{"trainable": False}, {"momentum": 1.0}])
-def test_statistics_that_are_meant_to_stand_still_are_none(kind, still):
+def test_layers_that_are_meant_to_keep_their_statistics_do_not_raise(kind, still):
     loop = TrainingLoop(Forgetful(kind, **still), "sgd", "mse")
     assert not learns_statistics(loop.model.bad)
     loop.fit(data(), epochs=1, verbose=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_frozen_part_of_a_model_is_left_alone(kind):
+def test_a_frozen_part_of_a_model_does_not_raise(kind):
     loop = TrainingLoop(Forgetful(kind), "sgd", "mse")
     loop.model.bad.trainable = False
     loop.fit(data(), epochs=1, verbose=0)
 
 
-def test_statistics_that_are_frozen_alone_are_left_alone_and_thawed_again():
+def test_frozen_statistics_do_not_raise_until_they_are_unfrozen():
     loop = TrainingLoop(Forgetful(BatchNormalization), "sgd", "mse")
     loop.model.bad.freeze_statistics = True
     loop.fit(data(), epochs=1, verbose=0)
@@ -69,20 +69,20 @@ def test_statistics_that_are_frozen_alone_are_left_alone_and_thawed_again():
         loop.fit(data(), epochs=1, verbose=0)
 
 
-def test_batches_that_are_all_unusable_are_named_as_a_cause():
+def test_unusable_batches_are_named_as_a_cause():
     model = keras.Sequential([keras.Input((4,)), BatchNormalization(name="starved")])
     x = np.full((8, 4), np.nan)
     with pytest.raises(StatisticsNotUpdatedError, match=r"'starved', after 1 step\.(.|\n)*NaN"):
         TrainingLoop(model, "sgd", "mse").fit((x, x), verbose=0)
 
 
-def test_a_cumulative_average_is_watched_too():
+def test_a_cumulative_average_does_not_raise():
     model = keras.Sequential([keras.Input((4,)), BatchNormalization(momentum=None)])
     assert learns_statistics(model.layers[0])
     TrainingLoop(model, "sgd", "mse").fit((data()[0], data()[0]), epochs=2, verbose=0)
 
 
-def test_a_layer_that_the_model_does_not_use_is_an_error():
+def test_a_layer_that_the_model_does_not_use_raises():
     class Model(Forgetful):
         def build(self, shape):
             self.bad.build(shape)
@@ -95,7 +95,7 @@ def test_a_layer_that_the_model_does_not_use_is_an_error():
         loop.fit(data(), verbose=0)
 
 
-def test_a_model_whose_call_has_no_such_argument_learns_or_is_told():
+def test_a_model_whose_call_has_no_training_argument_learns_or_raises():
     """Newer versions of Keras pass the flag on to the layers all the same, older ones drop it."""
 
     class Plain(keras.Model):

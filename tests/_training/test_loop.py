@@ -56,7 +56,7 @@ TWO_HEADED = {
 
 
 @pytest.mark.parametrize("kind", TWO_HEADED)
-def test_losses_and_metrics_of_several_outputs_are_those_of_keras(kind):
+def test_losses_and_metrics_of_several_outputs_equal_those_of_fit(kind):
     container, settings = TWO_HEADED[kind]
     x, labels = data()
     y = (x[:, :1], labels) if container is list else {"a": x[:, :1], "b": labels}
@@ -80,7 +80,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_any_keras_optimizer_does_what_it_does_in_fit(kind):
+def test_every_kind_of_optimizer_does_what_it_does_in_fit(kind):
     def optimizer() -> Any:
         given = OPTIMIZERS[kind]
         return type(given).from_config(given.get_config()) if hasattr(given, "apply") else given
@@ -95,8 +95,23 @@ def test_any_keras_optimizer_does_what_it_does_in_fit(kind):
         np.testing.assert_array_equal(mine, other)
 
 
+def test_arrays_may_be_passed_one_by_one_as_in_fit():
+    x, y = data()
+    weight = np.linspace(0, 2, len(x))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    ours, theirs = network(), network()
+    loop = TrainingLoop(ours, "sgd", loss)
+    theirs.compile("sgd", loss)
+    fit = {"epochs": 2, "batch_size": 8, "shuffle": False, "verbose": 0}
+    for weights in ({}, {"sample_weight": weight}):
+        seen = loop.fit(x, y, **weights, **fit).history
+        assert seen == theirs.fit(x, y, **weights, **fit).history
+        result = loop.evaluate(x, y, **weights, verbose=0)
+        assert result == theirs.evaluate(x, y, **weights, verbose=0, return_dict=True)
+
+
 @pytest.mark.parametrize("labels", ["integers", "column", "one-hot"])
-def test_class_weights_are_those_of_keras(labels):
+def test_class_weights_equal_those_of_fit(labels):
     x, y = data()
     y = {"integers": y, "column": y[:, None], "one-hot": np.eye(3)[y]}[labels]
     loss = keras.losses.CategoricalCrossentropy if labels == "one-hot" else None
@@ -110,7 +125,7 @@ def test_class_weights_are_those_of_keras(labels):
         np.testing.assert_allclose(mine, other, rtol=1e-6)
 
 
-def test_losses_that_the_model_adds_itself_are_enough():
+def test_a_model_may_add_all_its_losses_itself():
     class Model(keras.Model):
         def __init__(self):
             super().__init__()
@@ -129,7 +144,7 @@ def test_losses_that_the_model_adds_itself_are_enough():
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_in_half_precision_the_loss_is_scaled(steps):
+def test_an_update_that_overflows_is_skipped_and_halves_the_loss_scale(steps):
     """The scaled gradients overflow at first: such updates are left out, and the scale is halved."""
     x, y = data(32)
     loop = TrainingLoop(
@@ -156,7 +171,7 @@ def test_in_half_precision_the_loss_is_scaled(steps):
     assert np.all(np.isfinite(seen[-1][1]))
 
 
-def test_a_half_precision_model_has_its_optimizer_wrapped_as_in_fit():
+def test_a_half_precision_model_trains_as_in_fit():
     x, _ = data()
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_float16")
@@ -194,7 +209,7 @@ for name in dir(keras.callbacks.Callback):
         setattr(Recorder, name, record)
 
 
-def test_callbacks_are_called_as_by_fit():
+def test_callbacks_are_called_as_in_fit():
     x, _ = data(20)
     fit = {"epochs": 2, "batch_size": 8, "shuffle": False, "verbose": 0}
     ours, theirs = network(4), network(4)
@@ -214,7 +229,7 @@ def test_callbacks_are_called_as_by_fit():
     }
 
 
-def test_evaluation_calls_callbacks_and_may_be_stopped():
+def test_a_callback_may_stop_an_evaluation():
     x, _ = data(20)
     loop, one = TrainingLoop(network(4), "sgd", "mse"), Recorder()
     loop.evaluate((x, x), batch_size=8, callbacks=one, verbose=0)
@@ -232,7 +247,7 @@ def test_evaluation_calls_callbacks_and_may_be_stopped():
     assert loop.evaluate((x, x), batch_size=8, verbose=0) != first
 
 
-def test_keras_callbacks_work_as_they_are(tmp_path, capsys):
+def test_keras_callbacks_work_unchanged(tmp_path, capsys):
     x, _ = data()
     rates = []
     model = network(4)
@@ -274,7 +289,7 @@ def test_keras_callbacks_work_as_they_are(tmp_path, capsys):
     assert int(first.optimizer.iterations) == 1
 
 
-def test_a_model_that_was_saved_goes_on_where_it_was(tmp_path):
+def test_a_saved_model_continues_where_it_was(tmp_path):
     x, _ = data()
     loop = TrainingLoop(network(4), "adam", "mse")
     loop.fit((x, x), epochs=2, shuffle=False, verbose=0)
@@ -287,7 +302,7 @@ def test_a_model_that_was_saved_goes_on_where_it_was(tmp_path):
         np.testing.assert_array_equal(weight, same)
 
 
-def test_a_callback_may_stop_the_training_in_mid_epoch():
+def test_a_callback_may_stop_training_in_mid_epoch():
     class Stop(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             self.model.stop_training = batch == 1
@@ -302,7 +317,7 @@ def test_a_callback_may_stop_the_training_in_mid_epoch():
 @pytest.mark.parametrize(
     "strategy", [None, tf.distribute.OneDeviceStrategy("CPU:0")], ids=["none", "one"]
 )
-def test_a_group_that_an_error_left_unfinished_is_not_in_the_next_update(strategy):
+def test_batches_left_over_from_an_error_are_not_in_the_next_update(strategy):
     def fail(batch, logs):
         raise InterruptedError
 
@@ -321,7 +336,7 @@ def test_a_group_that_an_error_left_unfinished_is_not_in_the_next_update(strateg
         np.testing.assert_array_equal(weight, fresh)
 
 
-def test_a_list_of_callbacks_may_be_keras_own():
+def test_callbacks_may_be_a_keras_callback_list():
     x, _ = data()
     history = keras.callbacks.History()
     given = keras.callbacks.CallbackList([history])
@@ -360,7 +375,7 @@ def test_the_step_is_traced_once_for_all_batch_sizes(of):
     assert model.calls == []
 
 
-def test_what_is_trained_may_change_between_runs():
+def test_trainable_layers_may_change_between_runs():
     x, _ = data()
     loop = TrainingLoop(network(4), "sgd", "mse")
     loop.fit((x, x), verbose=0)
@@ -391,7 +406,7 @@ def test_class_weights_may_change_between_runs():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_sequences_of_any_length_take_two_traces_and_train_as_by_keras(compiled):
+def test_sequences_of_any_length_take_two_traces_and_train_as_in_keras(compiled):
     rng = np.random.default_rng(0)
     lengths = (5, 7, 6, 1)
     batches = [
@@ -411,7 +426,7 @@ def test_sequences_of_any_length_take_two_traces_and_train_as_by_keras(compiled)
         np.testing.assert_allclose(weight, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_batches_of_another_rank_or_structure_have_steps_of_their_own():
+def test_batches_of_another_rank_or_structure_get_another_trace():
     """What they have in common has no rank, with which Keras could not compute a loss."""
     x, labels = data(8)
     batches = [(x, labels), (x, labels[:, None]), (x, labels[:, None], np.ones(8)), (x, labels)]
@@ -422,7 +437,7 @@ def test_batches_of_another_rank_or_structure_have_steps_of_their_own():
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_variable_that_the_loss_does_not_need_is_left_with_a_warning(steps):
+def test_a_variable_that_the_loss_does_not_depend_on_is_kept_with_a_warning(steps):
     class Model(Counting):
         def __init__(self):
             super().__init__()
@@ -438,7 +453,7 @@ def test_a_variable_that_the_loss_does_not_need_is_left_with_a_warning(steps):
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_model_with_nothing_to_train_is_warned_about_as_by_keras(steps):
+def test_a_model_without_trainable_weights_warns_as_in_keras(steps):
     """Its moving statistics learn all the same."""
     x, _ = data()
     layer = BatchNormalization(center=False, scale=False, momentum=0.0)
@@ -458,6 +473,11 @@ def make(**arguments: Any) -> TrainingLoop:
 
 BAD_LOOPS = {
     "no model": ({"model": LAYERS.Dense(1)}, TypeError, r"Received: model=<Dense .* of type Dense"),
+    "strategy by name": (
+        {"strategy": "mirrored"},
+        TypeError,
+        "OneDeviceStrategy. Received: strategy='mirrored' of type str",
+    ),
     "strategy": (
         {"strategy": tf.distribute.get_strategy()},
         TypeError,
@@ -479,18 +499,18 @@ BAD_LOOPS = {
             "optimizer": keras.optimizers.SGD(gradient_accumulation_steps=3),
         },
         ValueError,
-        "accumulated twice: .* Received: gradient_accumulation_steps=3",
+        r"accumulated twice\. .* Received: gradient_accumulation_steps=3",
     ),
     "summed loss": (
         {"accumulation_steps": 2, "loss": keras.losses.MeanSquaredError(reduction="sum")},
         ValueError,
-        "a mean over the examples of a batch: .* Received: .* with reduction='sum'",
+        "averages over the examples of a batch: .* Received: .* with reduction='sum'",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_LOOPS)
-def test_a_bad_loop_is_refused_and_the_model_is_not_touched(kind):
+def test_bad_arguments_of_the_loop_raise_and_leave_the_model_unchanged(kind):
     arguments, error, text = BAD_LOOPS[kind]
     arguments = {"model": network(4), **arguments}
     with pytest.raises(error, match=text):
@@ -506,12 +526,12 @@ BAD_FITS = {
     "initial_epoch": ({"initial_epoch": -1}, "at least 0. Received: initial_epoch=-1"),
     "batch_size": ({"batch_size": 0}, "`batch_size` must be .* at least 1. Received: batch_size=0"),
     "batch_size as text": ({"batch_size": "8"}, "Received: batch_size='8'"),
-    "class_weight": ({"class_weight": {0: 1.0}}, "one class for each example, .* Received: y=Ten"),
+    "class_weight": ({"class_weight": {0: 1.0}}, "one class per example, .* Received: y=Ten"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_FITS)
-def test_bad_arguments_of_fit_are_refused_and_nothing_changes(kind):
+def test_bad_arguments_of_fit_raise_and_change_nothing(kind):
     arguments, text = BAD_FITS[kind]
     x, _ = data()
     loop = make()
@@ -523,13 +543,30 @@ def test_bad_arguments_of_fit_are_refused_and_nothing_changes(kind):
 
 
 @pytest.mark.parametrize("size", [0, -1, "8"])
-def test_a_batch_size_that_counts_nothing_is_refused_in_evaluation(size):
+def test_bad_batch_sizes_raise_in_evaluation(size):
     x, _ = data()
     with pytest.raises(ValueError, match=rf"`batch_size` .* Received: batch_size={size!r}\."):
         make().evaluate((x, x), batch_size=size, verbose=0)
 
 
-def test_numpy_counts_as_python_does():
+@pytest.mark.parametrize("kind", ["dataset", "generator", "weights without targets"])
+def test_targets_that_do_not_belong_to_arrays_raise(kind):
+    x, _ = data()
+    given = {
+        "dataset": (tf.data.Dataset.from_tensor_slices((x, x)).batch(8), x),
+        "generator": (iter([(x, x)]), x),
+        "weights without targets": (x, None),
+    }[kind]
+    weights = {"sample_weight": x[:, 0]} if given[1] is None else {}
+    loop = make()
+    for use in (loop.fit, loop.evaluate):
+        with pytest.raises(
+            ValueError, match=r"`y` and `sample_weight` belong to arrays.* Received: "
+        ):
+            use(*given, **weights, verbose=0)
+
+
+def test_counts_may_be_numpy_integers():
     x, _ = data()
     loop = make(accumulation_steps=np.int32(2))
     number = np.int32(2)
@@ -537,23 +574,23 @@ def test_numpy_counts_as_python_does():
     assert history.epoch == [0, 1]
 
 
-def test_what_is_no_callback_is_refused():
+def test_callbacks_of_another_type_raise():
     x, _ = data()
     with pytest.raises(TypeError, match=r"must be Keras callbacks\. Received: 'early' of type str"):
         make().fit((x, x), callbacks=["early"])
 
 
-def test_outputs_with_masks_of_their_own_cannot_be_accumulated():
+def test_accumulation_refuses_outputs_with_different_masks():
     inputs = keras.Input((5, 2))
     x = LAYERS.Masking()(inputs)
     model = keras.Model(inputs, [LAYERS.Dense(1)(x), LAYERS.Dense(1)(x)])
     x = np.ones((4, 5, 2))
     loop = TrainingLoop(model, "sgd", ["mse", "mse"], accumulation_steps=2)
-    with pytest.raises(ValueError, match=r"masks of their own\. Received: 2 outputs"):
+    with pytest.raises(ValueError, match=r"different masks\. .* Received: 2 outputs"):
         loop.fit((x, (x[..., :1], x[..., :1])), verbose=0)
 
 
-def test_a_loop_whose_model_was_compiled_again_says_so():
+def test_a_loop_whose_model_was_compiled_again_raises():
     x, _ = data()
     loop = make()
     loop.model.compile("adam", "mse")

@@ -118,7 +118,7 @@ def assert_same(seen: tuple[list[np.ndarray], dict], wanted: tuple[list[np.ndarr
 
 
 @pytest.mark.no_cover
-def test_a_run_killed_by_sigkill_twice_ends_as_if_nothing_had_happened(tmp_path):
+def test_a_run_killed_twice_by_sigkill_ends_like_an_undisturbed_run(tmp_path):
     """In the middle of an epoch and of a group, and between two epochs; arrays shuffled by default."""
     kill_at = [(1, 3), (2, None)]
     for epoch, batch in kill_at:
@@ -178,7 +178,7 @@ KINDS = {
 
 @pytest.mark.no_cover
 @pytest.mark.parametrize("kind", KINDS)
-def test_data_of_every_kind_is_taken_up_where_it_was_left(kind, tmp_path):
+def test_every_kind_of_data_resumes_at_the_right_batch(kind, tmp_path):
     make, save_freq, fit = KINDS[kind]
     backup = keras.callbacks.BackupAndRestore(tmp_path / "backup", save_freq)
     for place in ((1, 2), (1, None)):
@@ -187,7 +187,7 @@ def test_data_of_every_kind_is_taken_up_where_it_was_left(kind, tmp_path):
     assert_same(train_small(backup, make, **fit), train_small(backup, make, **fit))
 
 
-def test_every_evaluation_after_a_resume_begins_with_the_first_batch(tmp_path):
+def test_evaluations_after_a_resume_begin_with_the_first_batch(tmp_path):
     """Of data that an evaluation does not exhaust."""
     backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
     fit = {"batch_size": 8, "validation_data": arrays(), "validation_steps": 2}
@@ -196,7 +196,7 @@ def test_every_evaluation_after_a_resume_begins_with_the_first_batch(tmp_path):
     assert_same(train_small(backup, arrays, **fit), train_small(backup, arrays, **fit))
 
 
-def test_a_run_killed_while_it_writes_a_backup_has_the_one_before(tmp_path, monkeypatch):
+def test_a_run_killed_while_writing_a_backup_resumes_from_the_previous_one(tmp_path, monkeypatch):
     backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
     rename, writes = tf.io.gfile.rename, []
 
@@ -214,7 +214,7 @@ def test_a_run_killed_while_it_writes_a_backup_has_the_one_before(tmp_path, monk
 
 
 @pytest.mark.parametrize("begin", [0, 2])
-def test_a_subclass_of_keras_backup_does_its_own_work_and_epochs_are_restored(begin, tmp_path):
+def test_a_subclass_of_backup_and_restore_does_its_own_work(begin, tmp_path):
     class Mine(keras.callbacks.BackupAndRestore):
         pass
 
@@ -227,7 +227,7 @@ def test_a_subclass_of_keras_backup_does_its_own_work_and_epochs_are_restored(be
     assert len(resumed[1]["loss"]) == 1  # as with Keras: the history of what was left to do
 
 
-def test_a_training_that_was_ended_by_a_callback_stays_ended(tmp_path):
+def test_training_that_a_callback_ended_stays_ended_after_a_resume(tmp_path):
     """Killed after EarlyStopping has spoken, but before the training's end."""
 
     class Stop(keras.callbacks.Callback):
@@ -247,7 +247,7 @@ def test_a_training_that_was_ended_by_a_callback_stays_ended(tmp_path):
     assert history.epoch == [0]
 
 
-def test_an_epoch_that_a_callback_cut_short_comes_to_its_end_after_a_kill(tmp_path):
+def test_an_epoch_that_a_callback_cut_short_is_finished_after_a_resume(tmp_path):
     """Though a backup was due at the batch after which the callback spoke."""
 
     class Stop(keras.callbacks.Callback):
@@ -263,7 +263,7 @@ def test_an_epoch_that_a_callback_cut_short_comes_to_its_end_after_a_kill(tmp_pa
     assert len(resumed[1]["loss"]) == 1
 
 
-def test_callbacks_remember(tmp_path):
+def test_callbacks_keep_their_state_across_an_interruption(tmp_path):
     """Best weights and patience, across an interruption."""
     backup = keras.callbacks.BackupAndRestore(tmp_path / "backup", delete_checkpoint=False)
 
@@ -294,28 +294,28 @@ def test_callbacks_remember(tmp_path):
     assert (tmp_path / "backup").exists()
 
 
-def test_a_backup_of_another_training_is_refused_and_nothing_changes(tmp_path):
+def test_a_backup_of_another_run_raises_and_changes_nothing(tmp_path):
     backup = keras.callbacks.BackupAndRestore(tmp_path / "backup", delete_checkpoint=False)
     small().fit(arrays(), callbacks=backup, verbose=0)
     other = small(units=2)
     before = other.model.get_weights()
-    with pytest.raises(ValueError, match=r"not of this training.* Received: a backup of \d+ var"):
+    with pytest.raises(ValueError, match=r"another training run.* Received: a backup of \d+ var"):
         other.fit(arrays(), epochs=2, callbacks=backup, verbose=0)
     for weight, same in zip(other.model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(weight, same)
 
 
-def test_data_that_ends_before_the_place_of_the_backup_is_refused(tmp_path):
+def test_data_that_ends_before_the_position_of_the_backup_raises(tmp_path):
     backup = keras.callbacks.BackupAndRestore(tmp_path / "backup", save_freq=4)
     with pytest.raises(Interrupted):
         small().fit(arrays(), callbacks=[backup, At(0, 4, interrupt)], batch_size=8, verbose=0)
     with pytest.raises(
-        ValueError, match=r"ended before the place .* Received: 2 batches in pass 0"
+        ValueError, match=r"ended before the position .* Received: 2 batches in pass 0"
     ):
         small().fit(arrays(), callbacks=backup, batch_size=20, verbose=0)
 
 
-def test_half_precision_variables_survive(tmp_path):
+def test_half_precision_variables_survive_a_backup(tmp_path):
     def loop() -> TrainingLoop:
         layer = keras.layers.Dense(1, dtype="bfloat16")
         return TrainingLoop(keras.Sequential([keras.Input((4,)), layer]), "adam", "mse")
@@ -329,9 +329,11 @@ def test_half_precision_variables_survive(tmp_path):
         np.testing.assert_array_equal(one.numpy(), other.numpy())
 
 
-def test_there_is_one_backup(tmp_path):
+def test_two_backups_raise(tmp_path):
     backups = [keras.callbacks.BackupAndRestore(tmp_path / name) for name in "ab"]
-    with pytest.raises(ValueError, match=r"in one place\. Received: 2 BackupAndRestore callbacks"):
+    with pytest.raises(
+        ValueError, match=r"to one directory only\. Received: 2 BackupAndRestore callbacks"
+    ):
         small().fit(arrays(), callbacks=backups, verbose=0)
 
 

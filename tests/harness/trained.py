@@ -1,10 +1,10 @@
-"""Trains with `tfbn.TrainingLoop` on several replicas, in processes of their own, and writes down what came out.
+"""Trains with `tfbn.TrainingLoop` on several replicas, in separate processes, and records the results.
 
     python tests/harness/trained.py OUT.npz --devices 4                    # virtual devices of one process
     python tests/harness/trained.py OUT.npz --addresses A:1,B:2 --index 0  # one of several workers
 
-The processes train and the tests judge: nothing in here compares. Every scenario is trained with
-`strategy=None` too, in the same process, which takes the same kernels.
+The processes train and the tests compare. Every scenario is also trained with `strategy=None`, in the same
+process, which uses the same kernels.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import replicas
 from examples.train_workers import free_ports
 
 Observed = replicas.Observed
+EVALUATED = 29  # How many examples are evaluated.
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """A training: what is made in the scope of the strategy, and what is then done with it."""
+    """A training run: what is created in the scope of the strategy, and how it is trained."""
 
     id: str
     model: Callable[[], Any]
@@ -37,7 +38,7 @@ class Scenario:
     fit: dict[str, Any] = dataclasses.field(default_factory=dict)
     batch_size: int = 8
     epochs: int = 2
-    replicas: tuple[int, ...] = (2, 3, 4)
+    replicas: int = 2
 
 
 def dense(synchronized: bool = True, **kwargs: Any) -> Any:
@@ -159,10 +160,9 @@ def regression(**kwargs: Any) -> dict[str, Any]:
 
 
 SCENARIOS = [
-    Scenario("even", dense, lambda: labelled(48), clipped, replicas=(2,)),
-    # 50 steps, of batches of 8 and a last one of 1.
-    Scenario("uneven", dense, lambda: labelled(193), classification, replicas=(2, 4)),
-    Scenario("masked", masked, lambda: sequences(33), regression, replicas=(4,)),
+    # 50 updates, on batches of 8 and a last one of 1.
+    Scenario("uneven", dense, lambda: labelled(193), clipped, replicas=4),
+    Scenario("masked", masked, lambda: sequences(33), regression, replicas=3),
     Scenario(
         "heads",
         two_headed,
@@ -174,7 +174,6 @@ SCENARIOS = [
             "metrics": {"a": ["mae"], "b": ["accuracy"]},
             "weighted_metrics": {"a": ["mse"]},
         },
-        replicas=(2,),
     ),
     Scenario(
         "accumulated",
@@ -182,9 +181,8 @@ SCENARIOS = [
         lambda: labelled(77),
         lambda: classification(accumulation_steps=3),
         {"class_weight": {0: 0.5, 2: 3.0}},
-        replicas=(3,),
     ),
-    Scenario("overflowing", halves, overflowing, scaled, {"shuffle": False}, replicas=(2,)),
+    Scenario("overflowing", halves, overflowing, scaled, {"shuffle": False}),
 ]
 
 
@@ -202,12 +200,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for scenario in SCENARIOS:
         if options.scenario not in (None, scenario.id):
             continue
-        here = {n: s for n, s in strategies.items() if n in scenario.replicas}
-        alone = {1: None} if here and options.index == 0 and not options.backup else {}
-        for number, strategy in {**alone, **here}.items():
-            callbacks = interrupting(options) if strategy is not None else []
-            seen = train(scenario, strategy, callbacks)
-            observed |= {f"{scenario.id}/{number}/{name}": value for name, value in seen.items()}
+        # A scenario that is asked for by name is trained on all workers, however many.
+        number = max(strategies) if options.scenario else scenario.replicas
+        if options.index == 0 and not options.backup:
+            seen = train(scenario, None)
+            observed |= {f"{scenario.id}/alone/{name}": value for name, value in seen.items()}
+        seen = train(scenario, strategies[number], interrupting(options))
+        observed |= {f"{scenario.id}/together/{name}": value for name, value in seen.items()}
     for name, experiment in EXPERIMENTS.items() if options.devices > 1 else ():
         observed |= {f"{name}/{key}": v for key, v in experiment(strategies).items()}
     if options.addresses:
@@ -218,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def interrupting(options: argparse.Namespace) -> list[Any]:
-    """Callbacks that back up, and kill the worker that is to be killed, in the middle of the second epoch."""
+    """Callbacks that back up, and that kill one worker in the middle of the second epoch."""
     import keras
 
     class Kill(keras.callbacks.Callback):
@@ -238,8 +237,9 @@ def interrupting(options: argparse.Namespace) -> list[Any]:
 def train(
     scenario: Scenario, strategy: Any, callbacks: Sequence[Any] = (), keep: list[Any] | None = None
 ) -> Observed:
-    """Weights, history and evaluation of one training."""
+    """Returns the weights, the history and the evaluation of one training run."""
     import keras
+    import tensorflow as tf
 
     import tfbn
 
@@ -249,9 +249,11 @@ def train(
         loop = tfbn.TrainingLoop(model, strategy=strategy, **scenario.loop())
     if keep is not None:
         keep.append(loop)
+    data = scenario.data()
+    few = tf.nest.map_structure(lambda array: array[:EVALUATED], data)
     history = loop.fit(
-        scenario.data(),
-        validation_data=scenario.data(),
+        data,
+        validation_data=few,
         epochs=scenario.epochs,
         batch_size=scenario.batch_size,
         seed=3,
@@ -259,7 +261,7 @@ def train(
         callbacks=list(callbacks),
         **scenario.fit,
     )
-    results = loop.evaluate(scenario.data(), batch_size=5, verbose=0)
+    results = loop.evaluate(few, batch_size=5, verbose=0)
     variables = [*model.variables, *loop.optimizer.variables]
     return {
         **{f"weight/{i}": v.numpy() for i, v in enumerate(variables)},
@@ -271,7 +273,7 @@ def train(
 
 
 def one_replica(strategies: dict[int, Any]) -> Observed:
-    """Without a strategy, and with strategies that have one replica."""
+    """Trains without a strategy, and with strategies of one replica."""
     import keras
     import tensorflow as tf
 
@@ -293,62 +295,53 @@ def one_replica(strategies: dict[int, Any]) -> Observed:
     }
 
 
-def apart(strategies: dict[int, Any]) -> Observed:
-    """What each replica holds after each step, of layers that are not synchronized."""
+def unsynchronized(strategies: dict[int, Any]) -> Observed:
+    """Records what each replica holds after each step, of layers that are not synchronized."""
     import keras
 
     seen: Observed = {}
-    for number in (2, 4):
-        strategy = strategies[number]
-        keep: list[Any] = []
+    loops: list[Any] = []
 
-        def look(batch: int, logs: Any, number: int = number, keep: list[Any] = keep) -> None:
-            for i, weight in enumerate(keep[0].model.non_trainable_variables):
-                values = np.stack([value.numpy() for value in weight.value.values])
-                seen[f"moving/{number}/{batch}/{i} {weight.name}"] = values
+    def look(batch: int, logs: Any) -> None:
+        for i, weight in enumerate(loops[0].model.non_trainable_variables):
+            values = np.stack([value.numpy() for value in weight.value.values])
+            seen[f"moving/{batch}/{i} {weight.name}"] = values
 
-        scenario = Scenario(
-            "", lambda: dense(synchronized=False), lambda: labelled(33), classification, epochs=1
-        )
-        train(scenario, strategy, [keras.callbacks.LambdaCallback(on_train_batch_end=look)], keep)
-        (step,) = (function for _, function in keep[0]._steps._compiled["_train"])
-        kinds = [operation.type for operation in step.graph.get_operations()]
-        seen[f"collectives/{number}"] = np.array(kinds.count("CollectiveReduceV2") / number)
-    return seen
+    scenario = Scenario(
+        "", lambda: dense(synchronized=False), lambda: labelled(33), classification, epochs=1
+    )
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=look)
+    train(scenario, strategies[2], [callback], loops)
+    (step,) = (function for _, function in loops[0]._steps._compiled["_train"])
+    kinds = [operation.type for operation in step.graph.get_operations()]
+    return {**seen, "collectives": np.array(kinds.count("CollectiveReduceV2") / 2)}
 
 
 def interrupted(strategies: dict[int, Any]) -> Observed:
-    """A training of two replicas that Ctrl-C ends in the middle, and what goes on from its backup."""
+    """Interrupts the scenario "accumulated" with Ctrl-C in mid-epoch, and resumes it from its backup."""
     import tempfile
 
     import keras
 
     def stop(batch: int, logs: Any) -> None:
-        if batch == 5:
+        if batch == 7:
             raise KeyboardInterrupt
 
-    scenario = Scenario(
-        "", dense, lambda: labelled(61), lambda: classification(accumulation_steps=2)
-    )
-    observed = {}
+    (scenario,) = (scenario for scenario in SCENARIOS if scenario.id == "accumulated")
     with tempfile.TemporaryDirectory() as folder:
-        for name, callbacks in (
-            ("undisturbed", []),
-            ("interrupted", [keras.callbacks.LambdaCallback(on_train_batch_end=stop)]),
-            ("restarted", []),
-        ):
-            backup = keras.callbacks.BackupAndRestore(folder, save_freq=3)
-            own = callbacks if name == "undisturbed" else [*callbacks, backup]
-            try:
-                seen = train(scenario, strategies[2], own)
-                observed |= {f"{name}/{key}": value for key, value in seen.items()}
-            except KeyboardInterrupt:
-                continue
-    return observed
+        backup = keras.callbacks.BackupAndRestore(
+            folder, save_freq=4
+        )  # due in mid-update, done after it
+        ctrl_c = keras.callbacks.LambdaCallback(on_train_batch_end=stop)
+        try:
+            train(scenario, strategies[2], [ctrl_c, backup])
+        except KeyboardInterrupt:
+            saved = len(list(Path(folder).iterdir()))
+        return {"saved": np.array(saved), **train(scenario, strategies[2], [backup])}
 
 
 def summed_again(strategies: dict[int, Any]) -> Observed:
-    """A training with optimizers that cannot be kept from summing gradients."""
+    """Trains with an optimizer that sums the gradients over replicas itself."""
     from tfbn._support import keras_internals
 
     (scenario,) = (scenario for scenario in SCENARIOS if scenario.id == "heads")
@@ -360,7 +353,7 @@ def summed_again(strategies: dict[int, Any]) -> Observed:
 
 
 def differing(strategy: Any, index: int) -> Observed:
-    """What workers are told whose data differ."""
+    """Returns the error that workers with different data raise."""
     x, y = labelled(8)
     scenario = Scenario("", dense, lambda: (x + index, y), classification)
     try:
@@ -371,7 +364,7 @@ def differing(strategy: Any, index: int) -> Observed:
 
 
 def refused(strategies: dict[int, Any]) -> Observed:
-    """The errors and warnings of what cannot be trained on two replicas."""
+    """Returns the errors and warnings about what two replicas cannot train."""
     import warnings
 
     import keras
@@ -411,7 +404,7 @@ def refused(strategies: dict[int, Any]) -> Observed:
 
 EXPERIMENTS: dict[str, Callable[[dict[int, Any]], Observed]] = {
     "one replica": one_replica,
-    "apart": apart,
+    "unsynchronized": unsynchronized,
     "interrupted": interrupted,
     "refused": refused,
     "summed again": summed_again,
@@ -425,20 +418,20 @@ PROGRAM = "trained.py"
 
 
 def worker_commands(folder: Path, workers: int, *arguments: object) -> list[list[str]]:
-    """One command for each worker, which writes `INDEX.npz` in the folder."""
+    """Returns one command per worker, which writes `INDEX.npz` to the folder."""
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(workers))
     shared = ["--addresses", addresses, *map(str, arguments)]
     return [[str(folder / f"{i}.npz"), *shared, "--index", str(i)] for i in range(workers)]
 
 
 def under(seen: Observed, *path: object) -> Observed:
-    """What was seen under this path, without it."""
+    """Returns what was observed under this path, without the path."""
     prefix = "/".join(map(str, path)) + "/"
     return {name.removeprefix(prefix): v for name, v in seen.items() if name.startswith(prefix)}
 
 
 def run_workers(folder: Path, workers: int, *arguments: object) -> list[Observed]:
-    """What each worker has seen."""
+    """Returns what each worker observed."""
     folder.mkdir()
     replicas.run_processes(PROGRAM, worker_commands(folder, workers, *arguments))
     return [dict(np.load(folder / f"{index}.npz")) for index in range(workers)]

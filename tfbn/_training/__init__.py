@@ -1,4 +1,4 @@
-"""The `tf.GradientTape` training loop: steps, epochs, replicas, workers, backups.
+"""The training loop: compiled steps, epochs, replicas and workers, backups.
 
-Imports: `_statistics`, `_data`, `_models` and below.
+Imports from `_statistics`, `_data`, `_models` and the rooms below them.
 """

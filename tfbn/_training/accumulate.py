@@ -1,4 +1,4 @@
-"""Several batches, one update: the sums that are kept in between."""
+"""Gradient accumulation: what several batches contribute to one update."""
 
 from collections.abc import Sequence
 
@@ -7,27 +7,30 @@ import tensorflow as tf
 
 from tfbn._models.walk import BatchNormLayer
 from tfbn._moments.moments import Moments, merge
-from tfbn._training.gradients import Gradient, over_replicas
+from tfbn._training.gradients import Gradient, sum_over_replicas
 
 
 class Accumulator:
-    """Sums of gradients and pooled batch moments of the batches since the last update.
+    """The gradients and batch moments accumulated since the last update.
 
-    All of it is held in variables, which outlive a step, and which a backup can save. On each replica of
-    a strategy they hold what that replica has seen.
+    They are kept in variables, so that they outlive a step and can be backed up. Each replica has its own
+    and accumulates its own share.
+
+    Args:
+        trainable: The variables whose gradients to accumulate.
     """
 
     def __init__(self, trainable: Sequence[keras.Variable]):
         self._weight = _variable(tf.zeros([]))
         self._gradients = [_variable(tf.zeros(v.shape, _sum_dtype(v))) for v in trainable]
         self._connected = [False] * len(trainable)
-        self._pools: list[tuple[BatchNormLayer, Moments]] = []
+        self._merged: list[tuple[BatchNormLayer, Moments]] = []
 
     @property
     def variables(self) -> list[tf.Variable]:
-        """All that is kept between two batches."""
-        pooled = [variable for _, pool in self._pools for variable in pool]
-        return [self._weight, *self._gradients, *pooled]
+        """All variables that are kept between two batches."""
+        merged = [variable for _, moments in self._merged for variable in moments]
+        return [self._weight, *self._gradients, *merged]
 
     def add(
         self,
@@ -35,14 +38,14 @@ class Accumulator:
         gradients: Sequence[Gradient],
         moments: Sequence[tuple[BatchNormLayer, Moments]],
     ) -> None:
-        """Takes in one batch.
+        """Adds one batch.
 
         Args:
-            weight: Over how many values the loss of this batch is a mean, on all replicas. A batch of 0
+            weight: The number of values that this batch's loss averages, over all replicas. A batch of 0
                 adds nothing.
-            gradients: The gradient of that mean for each trainable variable: this replica's share of it.
-            moments: What each batch normalization layer saw, in the order of the calls: a layer that
-                the model calls twice keeps two pools, as it makes two updates without accumulation.
+            gradients: This replica's share of the gradient of that mean, for each trainable variable.
+            moments: What each batch normalization layer saw, in the order of the calls. A layer that the
+                model calls twice has two entries and makes two updates, as without accumulation.
         """
         self._weight.assign_add(weight)
         for index, gradient in enumerate(gradients):
@@ -50,19 +53,21 @@ class Accumulator:
                 self._connected[index] = True
                 total = self._gradients[index]
                 value = tf.cast(tf.convert_to_tensor(gradient), total.dtype)
-                # The mean over no example may be NaN.
+                # The mean over no examples may be NaN.
                 total.assign_add(tf.math.multiply_no_nan(value, tf.cast(weight, total.dtype)))
-        for index, (layer, seen) in enumerate(moments):
-            if index == len(self._pools):
+        for index, (layer, batch) in enumerate(moments):
+            if index == len(self._merged):
                 with tf.init_scope():
-                    pool = Moments(*(_variable(tf.zeros(m.shape, m.dtype)) for m in seen))
-                self._pools.append((layer, pool))
-            _assign(self._pools[index][1], merge(Moments(*self._pools[index][1]), seen))
+                    variables = Moments(*(_variable(tf.zeros(m.shape, m.dtype)) for m in batch))
+                self._merged.append((layer, variables))
+            merged = self._merged[index][1]
+            for variable, value in zip(merged, merge(Moments(*merged), batch), strict=True):
+                variable.assign(value)
 
     def gradients(self, trainable: Sequence[keras.Variable]) -> list[tf.Tensor | None]:
-        """The gradient of the mean loss over all batches taken in, `None` where nothing depends on it."""
+        """Returns the gradient of the mean loss over all batches; `None` for a variable it does not depend on."""
         weight = tf.convert_to_tensor(self._weight)
-        sums = over_replicas(
+        sums = sum_over_replicas(
             [
                 tf.convert_to_tensor(total) if connected else None
                 for total, connected in zip(self._gradients, self._connected, strict=True)
@@ -76,21 +81,21 @@ class Accumulator:
         ]
 
     def moments(self) -> list[tuple[BatchNormLayer, Moments]]:
-        """The moments of all batches together that each layer saw, one of its calls after the other."""
+        """Returns the merged moments of all batches for each call of a layer."""
         return [
-            (layer, Moments(*(tf.convert_to_tensor(m) for m in pool)))
-            for layer, pool in self._pools
+            (layer, Moments(*(tf.convert_to_tensor(m) for m in merged)))
+            for layer, merged in self._merged
         ]
 
     def clear(self) -> None:
-        """Begins the next group."""
+        """Starts the next update from nothing."""
         for variable in self.variables:
-            # Not zeros_like: outside of a step, to read a variable is to sum it over the replicas.
+            # Not zeros_like: outside of a step, reading a variable sums it over the replicas.
             variable.assign(tf.zeros(variable.shape, variable.dtype))
 
 
 def _variable(value: tf.Tensor) -> tf.Variable:
-    """A variable of which each replica of a strategy has its own."""
+    """Creates a variable of which each replica has its own value."""
     return tf.Variable(
         value,
         trainable=False,
@@ -99,12 +104,7 @@ def _variable(value: tf.Tensor) -> tf.Variable:
     )
 
 
-def _assign(pool: Moments, values: Moments) -> None:
-    for variable, value in zip(pool, values, strict=True):
-        variable.assign(value)
-
-
 def _sum_dtype(variable: keras.Variable) -> tf.DType:
-    """Sums of half-precision gradients would overflow and lose small ones."""
+    """Returns at least float32: sums of half-precision gradients overflow, and lose small ones."""
     dtype = tf.as_dtype(variable.dtype)
     return dtype if dtype.size >= 4 else tf.float32

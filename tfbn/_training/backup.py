@@ -1,8 +1,8 @@
-"""What a killed run leaves behind, so that the next one goes on as if nothing had happened.
+"""Backups from which an interrupted run resumes exactly.
 
-Keras's own `BackupAndRestore` writes weights and epoch into two files, one after the other, in place; in
-the middle of an epoch it saves weights that are ahead of the epoch which it restores; and it knows
-nothing of the state of other callbacks. Here all of it is one file, and replaced in one piece.
+Keras's own `BackupAndRestore` writes the weights and the epoch to two files in place. In mid-epoch it saves
+weights that are ahead of the epoch that it restores, and it does not save the state of other callbacks. Here
+everything is in one file, which is replaced atomically.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ import tensorflow as tf
 
 from tfbn._training.stream import Position
 
-# What these callbacks remember from one epoch to the next, by their public names.
-_MEMORY: dict[type[keras.callbacks.Callback], tuple[str, ...]] = {
+# The public attributes in which these callbacks keep state between epochs.
+_CALLBACK_STATE: dict[type[keras.callbacks.Callback], tuple[str, ...]] = {
     keras.callbacks.History: ("epoch", "history"),
     keras.callbacks.EarlyStopping: (
         "wait",
@@ -34,24 +34,29 @@ _MEMORY: dict[type[keras.callbacks.Callback], tuple[str, ...]] = {
 
 @dataclasses.dataclass
 class Progress:
-    """Where in the training a run is."""
+    """How far a run has come."""
 
     seed: int
-    """What the order of the data follows from."""
+    """The seed of the order of the data."""
     epoch: int
-    """The number of the epoch that is being trained, or comes next."""
+    """The number of the current epoch, or of the next one between two epochs."""
     batches: int = 0
     """How many of its batches were trained on."""
     position: Position = (0, 0)
-    """The place in the training data."""
+    """The position in the training data."""
     validation_position: Position = (0, 0)
-    """The place in the validation data."""
+    """The position in the validation data."""
     stopped: bool = False
     """Whether a callback has ended the training."""
 
 
 class Backup:
-    """Does the work of a `keras.callbacks.BackupAndRestore`, where and as often as that one says."""
+    """Does the work of a `keras.callbacks.BackupAndRestore`, as configured by that callback.
+
+    Args:
+        settings: The callback.
+        chief: Whether this process writes. All processes read.
+    """
 
     def __init__(self, settings: keras.callbacks.BackupAndRestore, chief: bool = True):
         self._chief = chief
@@ -59,10 +64,10 @@ class Backup:
         self._path = tf.io.gfile.join(self._directory, "training.npz")
         self._every = settings.save_freq
         self._delete = settings.delete_checkpoint
-        self._unsaved = 0
+        self._unsaved_batches = 0
 
     def read(self) -> "Saved | None":
-        """What the interrupted run saved last, or `None` if there was none."""
+        """Returns the state of the interrupted run, or `None` if there is none."""
         if not tf.io.gfile.exists(self._path):
             return None
         with tf.io.gfile.GFile(self._path, "rb") as file:
@@ -70,13 +75,13 @@ class Backup:
         arrays = [stored[f"array_{index}"] for index in range(len(stored.files) - 1)]
         return Saved(self._path, json.loads(str(stored["state"])), arrays)
 
-    def after_batch(self) -> bool:
-        """Counts a batch, and says whether a backup is due."""
-        self._unsaved += 1
-        return self._every != "epoch" and bool(self._every) and self._unsaved >= self._every
+    def is_due_after_batch(self) -> bool:
+        """Counts a batch and returns whether to back up now."""
+        self._unsaved_batches += 1
+        return self._every != "epoch" and bool(self._every) and self._unsaved_batches >= self._every
 
-    def after_epoch(self) -> bool:
-        """Says whether a backup is due at the end of an epoch."""
+    def is_due_after_epoch(self) -> bool:
+        """Returns whether to back up at the end of an epoch."""
         return self._every == "epoch"
 
     def write(
@@ -85,15 +90,16 @@ class Backup:
         variables: Sequence[Any],
         callbacks: Sequence[keras.callbacks.Callback],
     ) -> None:
-        """Saves all of it; whenever the process is killed, the file is the last one or this one, whole.
+        """Writes a backup. A process killed at any time leaves the previous one or this one, complete.
 
-        Of several workers the chief writes. All of them read: some variables are sums over replicas.
+        Only the chief writes, but every worker must call this: reading some variables sums them over the
+        replicas.
         """
         arrays = [variable.numpy() for variable in variables]
-        self._unsaved = 0
+        self._unsaved_batches = 0
         if not self._chief:
             return
-        own = len(arrays)
+        number_of_variables = len(arrays)
 
         def encode(value: Any) -> Any:
             if isinstance(value, np.generic):
@@ -101,12 +107,16 @@ class Backup:
             arrays.append(np.asarray(value))
             return {"array": len(arrays) - 1}
 
-        memory = [
+        callback_states = [
             (type(callback).__name__, {name: getattr(callback, name) for name in names})
-            for callback, names in _with_memory(callbacks)
+            for callback, names in _with_state(callbacks)
         ]
         state = json.dumps(
-            {"progress": dataclasses.asdict(progress), "variables": own, "callbacks": memory},
+            {
+                "progress": dataclasses.asdict(progress),
+                "variables": number_of_variables,
+                "callbacks": callback_states,
+            },
             default=encode,
         )
         buffer = io.BytesIO()
@@ -117,7 +127,7 @@ class Backup:
         tf.io.gfile.rename(self._path + ".new", self._path, overwrite=True)
 
     def finish(self) -> None:
-        """The run is complete: the next one begins anew."""
+        """Deletes the backup of a completed run, unless the callback is set to keep it."""
         if self._chief and self._delete and tf.io.gfile.exists(self._directory):
             tf.io.gfile.rmtree(self._directory)
 
@@ -129,47 +139,47 @@ class Saved:
         self.progress = Progress(**state["progress"])
         self._path = path
         self._values = arrays[: state["variables"]]
-        self._memory = _decoded(state["callbacks"], arrays)
+        self._callback_states = _decoded(state["callbacks"], arrays)
 
     def restore_variables(self, variables: Sequence[Any]) -> None:
-        """Gives all variables the values that they had.
+        """Assigns the saved values.
 
         Raises:
-            ValueError: if they are not those of the interrupted run; then nothing is changed.
+            ValueError: If the variables are not those of the interrupted run. None is changed then.
         """
-        wanted = [tuple(variable.shape) for variable in variables]
+        expected = [tuple(variable.shape) for variable in variables]
         found = [value.shape for value in self._values]
-        if wanted != found:
+        if expected != found:
             raise ValueError(
-                f"The backup in {self._path} is not of this training: the model, the optimizer, the "
-                "metrics or accumulation_steps were others. Restore them, or delete the backup to begin "
-                f"anew. Received: a backup of {len(found)} variables of shapes {found}, for "
-                f"{len(wanted)} variables of shapes {wanted}."
+                f"The backup in {self._path} belongs to another training run: its model, optimizer, metrics "
+                "or accumulation_steps differ. Use the same ones, or delete the backup to start over. "
+                f"Received: a backup of {len(found)} variables of shapes {found}, for {len(expected)} "
+                f"variables of shapes {expected}."
             )
         for variable, value in zip(variables, self._values, strict=True):
             dtype = tf.as_dtype(variable.dtype).as_numpy_dtype
-            # NumPy's files keep the bits of a bfloat16, but not its name.
+            # NumPy files keep the bits of a bfloat16, but not the name of its dtype.
             variable.assign(value.view(dtype) if value.dtype.kind == "V" else value)
 
     def restore_callbacks(self, callbacks: Sequence[keras.callbacks.Callback]) -> None:
-        """Lets the callbacks remember what they knew; to be called after their `on_train_begin`."""
-        remembering = [callback for callback, _ in _with_memory(callbacks)]
-        for name, memory in self._memory:
-            # Not every worker has all callbacks of the chief.
-            callback = next((c for c in remembering if type(c).__name__ == name), None)
+        """Restores the state of the callbacks, after their `on_train_begin` has reset it."""
+        remaining = [callback for callback, _ in _with_state(callbacks)]
+        for name, attributes in self._callback_states:
+            # Some callbacks run on the chief only.
+            callback = next((c for c in remaining if type(c).__name__ == name), None)
             if callback is not None:
-                remembering.remove(callback)
-                for attribute, value in memory.items():
+                remaining.remove(callback)
+                for attribute, value in attributes.items():
                     setattr(callback, attribute, value)
 
 
-def _with_memory(
+def _with_state(
     callbacks: Sequence[keras.callbacks.Callback],
 ) -> list[tuple[keras.callbacks.Callback, tuple[str, ...]]]:
     return [
         (callback, names)
         for callback in callbacks
-        for kind, names in _MEMORY.items()
+        for kind, names in _CALLBACK_STATE.items()
         if isinstance(callback, kind)
     ]
 

@@ -1,4 +1,4 @@
-"""Keras callbacks as they are: what they are given, and what they need."""
+"""Keras callbacks: which of them run here, and what they read."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -9,7 +9,7 @@ from tfbn._training.backup import Backup
 
 Callback: TypeAlias = keras.callbacks.Callback
 
-# They write files or speak to a server, and decide nothing that the training follows.
+# They only write files or talk to a server. Training does not depend on them.
 _WRITERS = (
     keras.callbacks.CSVLogger,
     keras.callbacks.ModelCheckpoint,
@@ -21,9 +21,9 @@ _WRITERS = (
 def split_backup(
     callbacks: Callback | Sequence[Callback] | None, chief: bool
 ) -> tuple[Backup | None, list[Callback]]:
-    """Takes `BackupAndRestore` out of the callbacks: the loop does its work itself.
+    """Separates `BackupAndRestore`, whose work the loop does itself, from the other callbacks.
 
-    A subclass of it stays, and does what it does. Those that only write files stay on the chief.
+    A subclass of `BackupAndRestore` stays a callback. Callbacks that only write files stay on the chief only.
     """
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callbacks = callbacks.callbacks
@@ -39,15 +39,15 @@ def split_backup(
     backups = [c for c in given if type(c) is keras.callbacks.BackupAndRestore]
     if len(backups) > 1:
         raise ValueError(
-            "Training can be backed up in one place. "
+            "Training can be backed up to one directory only. "
             f"Received: {len(backups)} BackupAndRestore callbacks."
         )
-    remain = [c for c in given if c not in backups and (chief or not isinstance(c, _WRITERS))]
-    return (Backup(backups[0], chief) if backups else None), remain
+    others = [c for c in given if c not in backups and (chief or not isinstance(c, _WRITERS))]
+    return (Backup(backups[0], chief) if backups else None), others
 
 
 def any_overrides(callbacks: Sequence[Callback], *methods: str) -> bool:
-    """Whether one of the callbacks does anything in one of these methods."""
+    """Returns whether any of the callbacks overrides any of these methods."""
     return any(
         getattr(getattr(callback, method), "__func__", None) is not getattr(Callback, method)
         for callback in callbacks

@@ -1,4 +1,4 @@
-"""Checks of what users hand to the loop: each says what was wrong, what was received and what to do."""
+"""Checks of the arguments of a training loop."""
 
 from typing import Any
 
@@ -15,22 +15,22 @@ def check_batch_size(batch_size: int | None, *streams: Stream | None) -> None:
         s is not None and isinstance(s.source, ArraySource) for s in streams
     ):
         raise ValueError(
-            "`batch_size` is for arrays, and this data comes in batches already: leave it out. "
+            "`batch_size` is for arrays, but the data comes in batches already. Leave it out. "
             f"Received: batch_size={batch_size!r}."
         )
 
 
-def check_sums(
+def check_mean_loss(
     optimizer: keras.optimizers.Optimizer,
     loss: Any,
     accumulation_steps: int,
     strategy: tf.distribute.Strategy | None,
 ) -> None:
-    """Refuses what would not be the gradient of the mean loss over all examples."""
+    """Raises if accumulated or distributed gradients would not be those of the mean loss over all examples."""
     inner = unwrap_optimizer(optimizer)
     if accumulation_steps > 1 and inner.gradient_accumulation_steps:
         raise ValueError(
-            "Gradients would be accumulated twice: set accumulation_steps of the loop, or "
+            "Gradients would be accumulated twice. Set either accumulation_steps of the loop or "
             "gradient_accumulation_steps of the optimizer, not both. Received: "
             f"gradient_accumulation_steps={inner.gradient_accumulation_steps}."
         )
@@ -42,6 +42,6 @@ def check_sums(
         reduction = getattr(part, "reduction", "sum_over_batch_size")
         if reduction not in ("sum_over_batch_size", "mean"):
             raise ValueError(
-                f"{who} needs a loss that is a mean over the examples of a batch: take "
+                f"{who} needs a loss that averages over the examples of a batch: pass "
                 f"reduction='sum_over_batch_size'. Received: {part!r} with reduction={reduction!r}."
             )

@@ -1,84 +1,154 @@
-"""One pass over batches: each goes through its step, and the callbacks hear of it."""
+"""The epochs of a training run: batches through their steps, evaluation, callbacks, backups."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 
-from tfbn._training.backup import Progress
+from tfbn._training.backup import Backup, Progress
 from tfbn._training.callbacks import any_overrides
+from tfbn._training.guard import StatisticsWatch
 from tfbn._training.step import Steps
 from tfbn._training.stream import Stream
 from tfbn._training.workers import Workers
 
 
-class Passes:
-    """The passes of a model over data, on this worker as on all others.
+@dataclasses.dataclass
+class Run:
+    """What one call of `fit` trains with, and how far it has come."""
+
+    train: Stream
+    validation: Stream | None
+    epochs: int
+    validation_freq: int
+    class_weight: Mapping[int, float] | None
+    hooks: keras.callbacks.CallbackList
+    backup: Backup | None
+    progress: Progress
+
+
+class Epochs:
+    """Runs epochs, on this worker as on all others.
 
     Args:
         model: The model.
         steps: Its compiled steps.
         workers: This process and the others that train the model.
-        group: How many batches make one update.
+        accumulation_steps: The number of batches per update.
     """
 
-    def __init__(self, model: keras.Model, steps: Steps, workers: Workers, group: int):
+    def __init__(self, model: keras.Model, steps: Steps, workers: Workers, accumulation_steps: int):
         self._model = model
         self._steps = steps
         self._workers = workers
-        self._group = group
+        self._accumulation_steps = accumulation_steps
 
-    def train(
-        self,
-        stream: Stream,
-        hooks: keras.callbacks.CallbackList,
-        progress: Progress,
-        after_batch: Callable[[], None],
-    ) -> None:
-        """Trains on the rest of the epoch."""
-        reports = self._reports(hooks, "on_train_batch_end", "on_batch_end")
-        for batch in stream.epoch(progress.batches):
-            hooks.on_train_batch_begin(progress.batches)
-            self._steps.train(batch, stream.spec)
-            progress.batches += 1
-            if self._group > 1 and progress.batches % self._group == 0:
-                self._steps.update()
-            if reports:
-                hooks.on_train_batch_end(progress.batches - 1, self._steps.logs())
-            after_batch()
-            if self._model.stop_training:
-                break
-        if progress.batches % self._group != 0:
-            self._steps.update()
-
-    def at_update_boundary(self, progress: Progress) -> bool:
-        """Whether what is in variables here is all of it: each replica adds up a group in its own."""
-        return self._workers.replicas == 1 or progress.batches % self._group == 0
+    def train(self, run: Run) -> dict[str, Any] | None:
+        """Trains to the last epoch and returns its logs."""
+        progress, hooks = run.progress, run.hooks
+        watch: StatisticsWatch | None = StatisticsWatch(self._model)
+        logs: dict[str, Any] | None = None
+        while progress.epoch < run.epochs and not self._model.stop_training:
+            first_batch = progress.batches
+            if first_batch == 0:
+                self._model.reset_metrics()
+            hooks.on_epoch_begin(progress.epoch)
+            # A callback may have frozen a layer, which takes another trace.
+            self._steps.prepare(run.train.spec, run.class_weight)
+            self._train_epoch(run)
+            ran_out = not self._model.stop_training and progress.batches < (run.train.steps or 1)
+            if ran_out:
+                _warn_that_data_ran_out(run)
+                if progress.batches == 0:
+                    break
+            if watch is not None and progress.batches > first_batch:
+                watch.check(progress.batches - first_batch)
+                watch = None
+            logs = as_numbers(self._steps.results())
+            if run.validation is not None and (progress.epoch + 1) % run.validation_freq == 0:
+                run.validation.restart()
+                results = self.evaluate(run.validation, hooks)
+                logs |= {f"val_{name}": value for name, value in results.items()}
+                progress.validation_position = run.validation.position
+            hooks.on_epoch_end(progress.epoch, logs)
+            progress.epoch += 1
+            progress.batches = 0
+            progress.position = run.train.position
+            progress.stopped = self._workers.any(self._model.stop_training or ran_out)
+            if run.backup is not None and run.backup.is_due_after_epoch():
+                run.backup.write(progress, self._steps.state, hooks.callbacks)
+            self._model.stop_training = progress.stopped
+        return logs
 
     def evaluate(self, stream: Stream, hooks: keras.callbacks.CallbackList) -> dict[str, float]:
-        """Evaluates the model on an epoch."""
-        reports = self._reports(hooks, "on_test_batch_end")
+        """Evaluates one epoch and returns its metrics."""
+        report_batches = self._any_reads_logs(hooks, "on_test_batch_end")
         self._model.reset_metrics()
         self._model.stop_evaluating = False
         hooks.on_test_begin()
         for step, batch in enumerate(stream.epoch()):
             hooks.on_test_batch_begin(step)
             self._steps.test(batch, stream.spec)
-            if reports:
+            if report_batches:
                 hooks.on_test_batch_end(step, self._steps.logs())
             if self._model.stop_evaluating:
                 break
-        results = floats(self._steps.results())
+        results = as_numbers(self._steps.results())
         hooks.on_test_end(results)
         return results
 
-    def _reports(self, hooks: keras.callbacks.CallbackList, *methods: str) -> bool:
-        """Whether a callback of any worker reads the logs of a batch: it takes all workers to make them."""
-        # They cost a transfer from the device: they are made for who reads them only.
+    def _train_epoch(self, run: Run) -> None:
+        """Trains on the rest of the epoch."""
+        progress, hooks = run.progress, run.hooks
+        report_batches = self._any_reads_logs(hooks, "on_train_batch_end", "on_batch_end")
+        for batch in run.train.epoch(progress.batches):
+            hooks.on_train_batch_begin(progress.batches)
+            self._steps.train(batch, run.train.spec)
+            progress.batches += 1
+            if self._accumulation_steps > 1 and self._is_update_complete(progress):
+                self._steps.update()
+            if report_batches:
+                hooks.on_train_batch_end(progress.batches - 1, self._steps.logs())
+            self._back_up_after_batch(run)
+            if self._model.stop_training:
+                break
+        if not self._is_update_complete(progress):
+            self._steps.update()
+
+    def _back_up_after_batch(self, run: Run) -> None:
+        if run.backup is None or not run.backup.is_due_after_batch():
+            return
+        if self._model.stop_training:
+            return  # The epoch ends here, and is not over until its callbacks have run.
+        if self._at_update_boundary(run.progress):
+            run.progress.position = run.train.position
+            run.backup.write(run.progress, self._steps.state, run.hooks.callbacks)
+
+    def _at_update_boundary(self, progress: Progress) -> bool:
+        """Whether a backup here is complete: each replica accumulates in variables of its own."""
+        return self._workers.replicas == 1 or self._is_update_complete(progress)
+
+    def _is_update_complete(self, progress: Progress) -> bool:
+        return progress.batches % self._accumulation_steps == 0
+
+    def _any_reads_logs(self, hooks: keras.callbacks.CallbackList, *methods: str) -> bool:
+        """Whether a callback of any worker reads the logs of a batch: all workers compute them together."""
+        # Logs cost a transfer from the device, so they are computed only if somebody reads them.
         return self._workers.any(any_overrides(hooks.callbacks, *methods))
 
 
-def floats(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """Results of metrics as numbers (as arrays, where they are no scalars)."""
+def as_numbers(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """Converts metrics to Python numbers, or to arrays where they are not scalars."""
     values = {name: keras.ops.convert_to_numpy(value) for name, value in logs.items()}
     return {name: value.item() if value.ndim == 0 else value for name, value in values.items()}
+
+
+def _warn_that_data_ran_out(run: Run) -> None:
+    warnings.warn(
+        f"The training data ran out after {run.progress.batches} batches of epoch "
+        f"{run.progress.epoch + 1} of {run.epochs}, so training ends here. Pass more data, or data that can "
+        "be read more than once.",
+        stacklevel=4,  # the caller of `fit`
+    )

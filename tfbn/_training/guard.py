@@ -1,4 +1,4 @@
-"""The mistake that custom loops make most: moving statistics that no training step ever moves."""
+"""A check for the most common mistake of custom loops: moving statistics that training never updates."""
 
 import keras
 import numpy as np
@@ -7,16 +7,16 @@ from tfbn._models.walk import BatchNormLayer, batch_norm_layers, statistics_are_
 
 
 class StatisticsNotUpdatedError(RuntimeError):
-    """A model was trained, and its batch normalization learned no statistics for inference."""
+    """A model was trained, but its batch normalization layers learned no moving statistics."""
 
 
 def learns_statistics(layer: BatchNormLayer) -> bool:
-    """Whether training is meant to move the layer's moving statistics."""
+    """Returns whether training is meant to update the layer's moving statistics."""
     return not statistics_are_frozen(layer) and layer.momentum != 1
 
 
 class StatisticsWatch:
-    """Remembers the moving statistics of a model, to see whether training moves them."""
+    """Remembers a model's moving statistics, to see whether training updates them."""
 
     def __init__(self, model: keras.Model):
         self._before = [
@@ -26,31 +26,31 @@ class StatisticsWatch:
         ]
 
     def check(self, steps: int) -> None:
-        """Raises if a layer still has, after `steps` steps, the very statistics that it began with.
+        """Checks that the statistics have changed after this many steps.
 
         Raises:
-            StatisticsNotUpdatedError: naming the layers, the likely causes and the cure.
+            StatisticsNotUpdatedError: If not. It names the layers, the likely causes and the cure.
         """
-        stuck = [
+        unchanged = [
             layer
             for layer, before in self._before
             if learns_statistics(layer) and np.array_equal(before, _statistics(layer))
         ]
-        if not stuck:
+        if not unchanged:
             return
-        names = ", ".join(repr(layer.name) for layer in stuck)
+        names = ", ".join(repr(layer.name) for layer in unchanged)
         raise StatisticsNotUpdatedError(
             "Batch normalization learned nothing for inference: the moving statistics of "
-            f"{len(stuck)} of {len(self._before)} layers did not move in the first epoch. "
+            f"{len(unchanged)} of {len(self._before)} layers did not change in the first epoch. "
             f"Received: {names}, after {steps} step{'s' * (steps > 1)}.\n"
             "Likely causes, most common first:\n"
-            "- The model's own call has no argument `training`, or passes them `training=False` instead of "
-            "what it receives. Write `def call(self, x, training=None)` and "
+            "- The model's own `call` has no `training` argument, or passes `training=False` to them instead "
+            "of the value it received. Write `def call(self, x, training=None)` and "
             "`self.bn(x, training=training)`.\n"
             "- The model never calls them in training. Remove them, or freeze them.\n"
-            "- They left out every batch: each one was empty, masked altogether, or not finite. Look for "
-            "NaN and infinity in the data and in the layers before.\n"
-            "If they are meant to stand still, say so: `tfbn.freeze(model)`."
+            "- They skipped every batch, because each was empty, fully masked or not finite. Look for NaN and "
+            "infinity in the data and in the preceding layers.\n"
+            "If their statistics are meant to stay fixed, freeze them: `tfbn.freeze(model)`."
         )
 
 

@@ -1,4 +1,4 @@
-"""What a `tf.distribute` strategy has to be, and has to have made, for a training loop to train with it."""
+"""What a training loop requires of a `tf.distribute` strategy, and of what was created in its scope."""
 
 import contextlib
 import warnings
@@ -18,27 +18,31 @@ STRATEGIES = (
 
 
 def scope_of(strategy: tf.distribute.Strategy | None) -> contextlib.AbstractContextManager[Any]:
-    """The scope in which everything of the training is made."""
+    """Returns the strategy's scope, or a context that does nothing."""
     return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 
-def check_strategy(
+def check_strategy(strategy: tf.distribute.Strategy | None) -> None:
+    """Raises unless this is a strategy that the loop supports, or `None`."""
+    if strategy is not None and not isinstance(strategy, STRATEGIES):
+        raise TypeError(
+            "`strategy` must be None, a tf.distribute.MirroredStrategy, MultiWorkerMirroredStrategy or "
+            f"OneDeviceStrategy. Received: strategy={strategy!r} of type {type(strategy).__name__}."
+        )
+
+
+def check_scope(
     strategy: tf.distribute.Strategy | None,
     model: keras.Model,
     optimizer: keras.optimizers.Optimizer,
     metrics: Any,
     jit_compile: bool | str,
 ) -> None:
-    """Refuses what would not train, or not train right, on the replicas of the strategy."""
-    if strategy is not None and not isinstance(strategy, STRATEGIES):
-        raise TypeError(
-            "`strategy` must be None, a tf.distribute.MirroredStrategy, MultiWorkerMirroredStrategy or "
-            f"OneDeviceStrategy. Received: strategy={strategy!r} of type {type(strategy).__name__}."
-        )
+    """Raises if the replicas of the strategy could not train this model, or would train it wrong."""
     home = model.distribute_strategy
     if strategy is None and isinstance(home, STRATEGIES):
         raise ValueError(
-            "The model was made in the scope of a strategy: pass strategy= that one to TrainingLoop. "
+            "The model was created in the scope of a strategy. Pass that strategy to TrainingLoop. "
             f"Received: strategy=None, and a model of {type(home).__name__}."
         )
     if strategy is None:
@@ -56,9 +60,9 @@ def check_strategy(
     ]
     if outside:
         raise ValueError(
-            "The model, the optimizer and the metrics must be made in the scope of the strategy: "
+            "The model, the optimizer and the metrics must be created in the scope of the strategy: "
             "`with strategy.scope(): model = ...; loop = tfbn.TrainingLoop(model, ..., strategy=strategy)`. "
-            f"Received: of another scope, or none: {', '.join(outside)}."
+            f"Received: created in another scope or in none: {', '.join(outside)}."
         )
     if strategy.num_replicas_in_sync > 1:
         _check_replicas(strategy.num_replicas_in_sync, model, optimizer, jit_compile)
@@ -72,29 +76,32 @@ def _check_replicas(
 ) -> None:
     if jit_compile is True:
         raise ValueError(
-            "XLA cannot compile a step that replicas take together: pass jit_compile=False. "
+            "XLA cannot compile a step that runs on several replicas. Pass jit_compile=False. "
             f"Received: jit_compile=True and {number} replicas."
         )
     inner = unwrap_optimizer(optimizer)
     for name, instead in (
-        ("gradient_accumulation_steps", "set accumulation_steps of the loop"),
-        ("ema_overwrite_frequency", "leave it out: the averages come in when training ends"),
+        ("gradient_accumulation_steps", "Set accumulation_steps of the loop instead."),
+        (
+            "ema_overwrite_frequency",
+            "Leave it out: the averages replace the weights when training ends.",
+        ),
     ):
         value = getattr(inner, name)
         if value and not (name == "ema_overwrite_frequency" and not inner.use_ema):
             raise ValueError(
-                f"TensorFlow cannot take an optimizer's `{name}` to several replicas; {instead}. "
+                f"An optimizer's `{name}` does not work on several replicas. {instead} "
                 f"Received: {name}={value} and {number} replicas."
             )
-    alone = [
+    unsynchronized = [
         layer.name
         for layer in batch_norm_layers(model)
         if isinstance(layer, keras.layers.BatchNormalization) and not layer.synchronized
     ]
-    if alone:
+    if unsynchronized:
         warnings.warn(
-            "Keras's batch normalization keeps moving statistics of its own on each replica, and only those "
-            "of the first are saved: `tfbn.convert(model)` in the scope of the strategy makes them one. "
-            f"Received: {number} replicas, and Keras's layers {', '.join(map(repr, alone))}.",
+            "keras.layers.BatchNormalization keeps different moving statistics on each replica and saves only "
+            "those of the first. Call `tfbn.convert(model)` in the scope of the strategy to keep them equal. "
+            f"Received: {number} replicas, and Keras's layers {', '.join(map(repr, unsynchronized))}.",
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""The batches of all epochs, one after the other, from any place on."""
+"""The batches of all epochs in order, from any position."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,45 +8,50 @@ import tensorflow as tf
 from tfbn._data.sources import Source, spec_of
 
 Position = tuple[int, int]
+"""The number of the pass over the data, and the number of its batches that were consumed."""
 
 
 class Stream:
     """The batches of a source, epoch by epoch.
 
-    An epoch is one pass over the source. With `steps_per_epoch` it is that many batches: a pass may then
-    serve several epochs, and an epoch take several passes.
+    An epoch is one pass over the source or, with `steps_per_epoch`, that many batches: a pass then may span
+    several epochs, and an epoch several passes.
+
+    Args:
+        name: The name of the argument that the data came in, for errors.
+        source: The data.
+        steps_per_epoch: The number of batches per epoch, or `None`.
     """
 
     def __init__(self, name: str, source: Source, steps_per_epoch: int | None = None):
         if steps_per_epoch is None and source.endless:
             raise ValueError(
-                f"`{name}` is endless: say how many of its batches to take, by steps_per_epoch in "
-                "training, validation_steps in validation, steps in evaluation. Received: None."
+                f"`{name}` is endless. Say how many batches to take: steps_per_epoch for training, "
+                "validation_steps for validation, steps for evaluation. Received: None."
             )
         self.source = source
         self.steps = source.steps if steps_per_epoch is None else steps_per_epoch
-        """The number of batches of an epoch, if it is known."""
+        """The number of batches per epoch, if known."""
         self.spec = source.spec
-        """A nested `tf.TypeSpec` for the batch that came last, and for those of other sizes before it."""
+        """A nested `tf.TypeSpec` that fits the last batch and, where it can, the batches before it."""
         self.position: Position = (0, 0)
-        """The number of the pass, and how many of its batches were handed out."""
         self._name = name
         self._steps_per_epoch = steps_per_epoch
         self._batches: Iterator[Any] | None = None
         self._ahead: Any = None
 
     def open(self, position: Position = (0, 0)) -> None:
-        """Goes to a position, and reads a batch ahead to know that there is one, and of what kind.
+        """Moves to a position and reads one batch ahead, which shows its spec.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: If the data ends before it.
         """
         self.position = (position[0], 0)
         while self.position[1] < position[1]:
             if self._next() is None:
                 raise ValueError(
-                    f"`{self._name}` ended before the place where training was interrupted: it is not the "
-                    f"data of the interrupted run. Received: {self.position[1]} batches in pass "
+                    f"`{self._name}` ended before the position where training was interrupted, so it is not "
+                    f"the data of the interrupted run. Received: {self.position[1]} batches in pass "
                     f"{position[0]}, of which {position[1]} were trained on."
                 )
         self._ahead = self._next()
@@ -54,15 +59,14 @@ class Stream:
             self.position = position
         elif position[1] == 0:
             raise ValueError(
-                f"`{self._name}` has no batches: it ended at once, so there is nothing to do. If it is a "
-                "generator, it may have been used up before: make a new one. "
-                f"Received: {self._name} that gave 0 batches."
+                f"`{self._name}` has no batches. If it is a generator, it may be used up: create a new one. "
+                f"Received: {self._name} with 0 batches."
             )
 
     def epoch(self, done: int = 0) -> Iterator[Any]:
-        """The batches of one epoch, or what remains of it after the first `done`.
+        """Yields the batches of one epoch, without the first `done`.
 
-        It is short, or empty, only where the data has run out for good.
+        Yields fewer, or none, only if the data has run out for good.
         """
         while self._steps_per_epoch is None or done < self._steps_per_epoch:
             batch = self._next()
@@ -76,7 +80,7 @@ class Stream:
 
     @property
     def ahead(self) -> Any:
-        """The batch that `open` has read ahead, as long as it was not handed out."""
+        """The batch that `open` read ahead, until `epoch` yields it."""
         return self._ahead
 
     @property
@@ -85,12 +89,12 @@ class Stream:
         return self.source.replays or self._steps_per_epoch is not None
 
     def restart(self) -> None:
-        """Begins a new pass if one was begun: every evaluation sees the data from its beginning."""
+        """Starts a new pass, unless one has just started: every evaluation begins with the first batch."""
         if self.position[1] and self.source.replays:
             self._next_pass()
 
     def skip_epochs(self, number: int) -> None:
-        """Passes over whole epochs."""
+        """Reads past whole epochs."""
         for _ in range(number):
             for _ in self.epoch():
                 pass
@@ -109,14 +113,14 @@ class Stream:
         if batch is not None:
             self.position = (self.position[0], self.position[1] + 1)
             if self.source.spec is None:
-                self.spec = _serving_both(self.spec, spec_of(batch))
+                self.spec = _common_spec(self.spec, spec_of(batch))
         return batch
 
 
-def _serving_both(known: Any, new: Any) -> Any:
-    """A spec for what `new` is for and, where they differ in no more than sizes, for what `known` is for.
+def _common_spec(known: Any, new: Any) -> Any:
+    """Returns a spec that fits `new`, and `known` too where the two differ only in sizes.
 
-    It is the same object as long as that one serves: its step is then found at once.
+    Returns the same object as long as it fits, so that its compiled step is found at once.
     """
     if new == known:
         return known
@@ -131,6 +135,6 @@ def _serving_both(known: Any, new: Any) -> Any:
 def _with_open_sizes(known: Any, new: Any) -> Any:
     if not isinstance(known, tf.TensorSpec) or not isinstance(new, tf.TensorSpec):
         return new
-    if known.shape.rank != new.shape.rank:  # Their supertype has no rank, and layers need one.
+    if known.shape.rank != new.shape.rank:  # Their supertype has no rank, but layers need one.
         return new
     return known.most_specific_common_supertype([new]) or new
