@@ -11,8 +11,7 @@ from tfbn._shipping.fold.fold import fold
 from tfbn._statistics.diagnose.diagnose import diagnose
 from tfbn._statistics.freeze import freeze, unfreeze
 from tfbn._statistics.pause import pause_statistics
-from tfbn._statistics.recalibrate import recalibrate
-from tfbn._statistics.recalibrate_callback import RecalibrateAfterTraining
+from tfbn._statistics.recalibrate import RecalibrateAfterTraining, recalibrate
 from tfbn._support.version import VERSION
 from tfbn._training.guard import StatisticsNotUpdatedError
 from tfbn._training.loop import TrainingLoop

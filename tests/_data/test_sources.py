@@ -198,7 +198,7 @@ def test_ragged_tensors_come_in_a_dataset():
 
 
 NO_DATA = {
-    "arrays": ((X[:0], Y[:0]), "must all have the same number of examples"),
+    "arrays": ((X[:0], Y[:0]), "must have the same number of examples"),
     "dataset": (dataset().take(0), "`data` has no batches"),
     "unknown length": (dataset().filter(lambda *batch: False), "`data` has no batches"),
     "generator": (iter(()), "create a new one. Received: data with 0 batches"),
@@ -214,7 +214,7 @@ BAD_DATA = {
     "ragged": (
         tf.ragged.constant([[1.0]]),
         TypeError,
-        "Ragged and sparse tensors come in a tf.dat",
+        "Put ragged and sparse tensors into a tf.dat",
     ),
     "sparse": (tf.sparse.eye(2), TypeError, "Received: data=SparseTensor"),
     "datasets": ((dataset(), dataset()), TypeError, "BatchDataset"),

@@ -200,7 +200,7 @@ def test_half_of_a_stock_layer_is_refused_with_the_cure(change, half):
             keras.layers.BatchNormalization(name="stock"),
         ]
     )
-    with pytest.raises(ValueError, match=r"one switch.*tfbn\.convert\(model\).*'[^']*stock'"):
+    with pytest.raises(ValueError, match=r"separately.*tfbn\.convert\(model\).*'[^']*stock'"):
         change(model, **{half: False})
     assert not model.layers[0].freeze_statistics
     assert not model.layers[0].freeze_affine

@@ -1,4 +1,4 @@
-"""What users pass as data, read once or many times, and cut into shards for replicas.
+"""The data that users pass: read once or many times, and split into shards for replicas.
 
 Imports: `_moments` and below; it knows no models.
 """

@@ -1,4 +1,4 @@
-"""Each replica's shard of a batch."""
+"""The shard of a batch that a replica processes."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from tfbn._moments.replicas import num_replicas
 
 
 def local_shard(batch: Any) -> Any:
-    """This replica's examples of a batch: as many as the others have, or one more or less, or none."""
+    """Returns this replica's examples of a batch. The sizes of the shards differ by at most one."""
     if num_replicas() == 1:
         return batch
     context = tf.distribute.get_replica_context()
     index, replicas = context.replica_id_in_sync_group, context.num_replicas_in_sync
-    with tf.device("CPU:0"):  # where the batch is: the replica's device gets its share and no more
+    with tf.device("CPU:0"):  # Where the batch is: only the shard moves to the replica's device.
         size = batch_size(batch)
         begin, end = index * size // replicas, (index + 1) * size // replicas
 
@@ -28,7 +28,7 @@ def local_shard(batch: Any) -> Any:
 
 
 def batch_size(batch: Any) -> tf.Tensor:
-    """The number of examples in a batch, or in the inputs of one."""
+    """Returns the number of examples in a batch."""
     parts = tf.nest.flatten(batch)
     part = next(part for part in parts if part is not None and part.shape.rank != 0)
     return tf.cast(tf.shape(part)[0], tf.int32)

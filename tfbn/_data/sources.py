@@ -1,4 +1,4 @@
-"""Data of every kind, as batches in an order that can be repeated."""
+"""Data of every supported kind, as batches in a reproducible order."""
 
 import collections
 import itertools
@@ -13,29 +13,36 @@ import tensorflow as tf
 
 
 class Source(Protocol):
-    """Data that gives batches, pass after pass."""
+    """Data that can be read in batches, pass after pass."""
 
     seed: int
-    """What the order of every pass follows from, where the source shuffles."""
+    """The seed of the order of each pass, if the source shuffles."""
     steps: int | None
-    """The number of batches of one pass, if it is known."""
+    """The number of batches in a pass, if it is known."""
     endless: bool
-    """Whether a pass has no end."""
+    """Whether a pass never ends."""
     spec: Any
-    """The nested `tf.TypeSpec` of its batches; `None` where only a batch can tell."""
+    """The nested `tf.TypeSpec` of a batch, or None if it is known only from a batch."""
     replays: bool
-    """Whether there is a second pass."""
+    """Whether the data can be read more than once."""
 
     def start(self, index: int) -> Iterator[Any]:
-        """The batches of the pass of this number, from its beginning."""
+        """Returns the batches of the pass with this number, from its beginning."""
 
 
 def as_source(name: str, data: Any, batch_size: int, shuffle: bool, seed: int) -> Source:
-    """The source for data of any kind that the training loop takes; `name` is that of the argument.
+    """Returns the source for data of any supported kind.
+
+    Args:
+        name: The name of the argument, for errors.
+        data: A `tf.data.Dataset`, arrays, a `keras.utils.PyDataset`, or an iterable of batches.
+        batch_size: The batch size for arrays.
+        shuffle: Whether to shuffle arrays and `PyDataset`s in each pass.
+        seed: The seed of the order.
 
     Raises:
-        TypeError: if the data is of no kind that it takes.
-        ValueError: if the arrays do not belong together.
+        TypeError: If the data is of another kind.
+        ValueError: If the arrays have different lengths, or length 0.
     """
     if not isinstance(data, tf.data.Dataset | keras.utils.PyDataset):
         if isinstance(data, dict | list | tuple) or hasattr(data, "shape"):
@@ -44,7 +51,7 @@ def as_source(name: str, data: Any, batch_size: int, shuffle: bool, seed: int) -
         if not isinstance(data, Iterable) or isinstance(
             data, str | bytes | tf.distribute.DistributedDataset
         ):
-            raise TypeError(f"{_wanted(name)} Received: {name}={_described(data)}.")
+            raise TypeError(f"{_expected(name)} Received: {name}={describe(data)}.")
     if isinstance(data, tf.data.Dataset):
         return DatasetSource(data)
     if isinstance(data, keras.utils.PyDataset):
@@ -53,7 +60,7 @@ def as_source(name: str, data: Any, batch_size: int, shuffle: bool, seed: int) -
 
 
 class ArraySource:
-    """Arrays in any nesting, cut into batches; shuffled in every pass, by the seed and its number."""
+    """Nested arrays, cut into batches. The seed and the number of a pass determine its order."""
 
     endless = False
     replays = True
@@ -68,7 +75,7 @@ class ArraySource:
         self.spec = spec_of(self._arrays)
 
     def start(self, index: int) -> Iterator[Any]:
-        """The batches of this pass, gathered ahead of their use."""
+        """Returns the batches of this pass, gathered ahead of use."""
         rows = np.arange(self._size)
         if self._shuffle:
             rows = np.random.default_rng((self.seed, index)).permutation(rows)
@@ -88,7 +95,8 @@ class ArraySource:
 class DatasetSource:
     """A `tf.data.Dataset`.
 
-    One that shuffles anew in each iteration counts its iterators: pass number n is the n-th of them.
+    If it reshuffles in each iteration, the order depends on how many iterators were made before: pass n is
+    the n-th iterator.
     """
 
     seed = 0
@@ -103,7 +111,7 @@ class DatasetSource:
         self._started = 0
 
     def start(self, index: int) -> Iterator[Any]:
-        """The batches of this pass."""
+        """Returns the batches of this pass."""
         while self._started < index:
             iter(self._dataset)
             self._started += 1
@@ -112,7 +120,10 @@ class DatasetSource:
 
 
 class PyDatasetSource:
-    """A `keras.utils.PyDataset`: its batches in order, or shuffled by the seed and the pass's number."""
+    """A `keras.utils.PyDataset`. The seed and the number of a pass determine the order of its batches.
+
+    As in Keras, ``on_epoch_begin`` runs before each pass and ``on_epoch_end`` after it.
+    """
 
     replays = True
     spec = None
@@ -120,15 +131,16 @@ class PyDatasetSource:
     def __init__(self, dataset: keras.utils.PyDataset, shuffle: bool, seed: int):
         self._dataset = dataset
         self._shuffle = shuffle
-        self._ended = 0
+        self._finished = 0
         self.seed = seed
         self.steps = dataset.num_batches
         self.endless = self.steps is None
 
     def start(self, index: int) -> Iterator[Any]:
-        """The batches of this pass, read ahead by as many threads as the data set has workers."""
-        while self._ended < index:
-            self._end_pass()
+        """Returns the batches of this pass, read ahead by as many threads as the data set has workers."""
+        while self._finished < index:
+            self._dataset.on_epoch_begin()
+            self._finish_pass()
         if self.steps is None:
             return self._read(itertools.count())
         order = np.arange(self.steps)
@@ -137,6 +149,7 @@ class PyDatasetSource:
         return self._read(order.tolist())
 
     def _read(self, order: Iterable[int]) -> Iterator[Any]:
+        self._dataset.on_epoch_begin()
         if self._dataset.workers <= 1:
             yield from (as_tensors(self._dataset[index]) for index in order)
         else:
@@ -148,15 +161,15 @@ class PyDatasetSource:
                         yield as_tensors(ahead.popleft().result())
                 while ahead:
                     yield as_tensors(ahead.popleft().result())
-        self._end_pass()
+        self._finish_pass()
 
-    def _end_pass(self) -> None:
+    def _finish_pass(self) -> None:
         self._dataset.on_epoch_end()
-        self._ended += 1
+        self._finished += 1
 
 
 class IterableSource:
-    """A generator, which has one pass, or another iterable of batches, which has any number."""
+    """An iterable of batches. A generator can be read once, other iterables any number of times."""
 
     seed = 0
     steps: int | None = None
@@ -168,13 +181,13 @@ class IterableSource:
         self.replays = iter(batches) is not batches
 
     def start(self, index: int) -> Iterator[Any]:
-        """The batches of this pass: a generator has none after its first."""
+        """Returns the batches of this pass. After its first pass, a generator has none."""
         again = index == 0 or self.replays
         return (as_tensors(batch) for batch in (self._batches if again else ()))
 
 
 def spec_of(batch: Any) -> Any:
-    """The nested `tf.TypeSpec` of a batch, the number of its examples left open."""
+    """Returns the nested `tf.TypeSpec` of a batch, with an unknown batch size."""
 
     def spec(part: Any) -> Any:
         if isinstance(part, tf.Tensor) and part.shape.rank:
@@ -185,12 +198,12 @@ def spec_of(batch: Any) -> Any:
 
 
 def as_tensors(batch: Any) -> Any:
-    """A batch of arrays as Keras feeds it: a list is a tuple, and double precision is Keras's float."""
+    """Converts a batch as Keras does: a list becomes a tuple, and float64 becomes ``keras.config.floatx()``."""
     return tf.nest.map_structure(_tensor, tuple(batch) if isinstance(batch, list) else batch)
 
 
 def _without_lists(part: Any) -> Any:
-    """Tuples in place of lists, which tf.data takes for the rows of one tensor."""
+    """Replaces lists by tuples: tf.data reads a list as the rows of one tensor."""
     if isinstance(part, dict):
         return {name: _without_lists(value) for name, value in part.items()}
     return tuple(map(_without_lists, part)) if isinstance(part, list | tuple) else part
@@ -210,25 +223,25 @@ def _check_arrays(name: str, arrays: Any) -> None:
     parts = [part for part in tf.nest.flatten(arrays) if part is not None]
     ragged = tf.RaggedTensor | tf.SparseTensor
     if not parts or any(isinstance(p, ragged) or not getattr(p, "shape", ()) for p in parts):
-        raise TypeError(f"{_wanted(name)} Received: {name}={_described(arrays)}.")
+        raise TypeError(f"{_expected(name)} Received: {name}={describe(arrays)}.")
     sizes = {len(part) for part in parts}
     if len(sizes) > 1 or 0 in sizes:
         raise ValueError(
-            f"The arrays of `{name}` must all have the same number of examples along their first axis, "
-            f"and not 0. Received: {name}={_described(arrays)}."
+            f"All arrays in `{name}` must have the same number of examples along the first axis, and at "
+            f"least one. Received: {name}={describe(arrays)}."
         )
 
 
-def _wanted(name: str) -> str:
+def _expected(name: str) -> str:
     return (
         f"`{name}` must be a tf.data.Dataset; arrays as x, (x, y) or (x, y, sample_weight), where each may "
-        "be a tuple or a dict of arrays; a keras.utils.PyDataset; or an iterable of batches. Ragged and "
-        "sparse tensors come in a tf.data.Dataset."
+        "be a tuple or a dict of arrays; a keras.utils.PyDataset; or an iterable of batches. Put ragged and "
+        "sparse tensors into a tf.data.Dataset."
     )
 
 
-def _described(data: Any) -> str:
-    """The kinds of all parts of the data, and their shapes."""
+def describe(data: Any) -> str:
+    """Returns the types and shapes in nested data, for errors."""
 
     def kind(part: Any) -> str:
         shape = getattr(part, "shape", None)

@@ -1,6 +1,8 @@
-"""Intercepting the calls of layers while a model runs or is traced."""
+"""Intercepting the calls of layers, and tracing a model without leaving anything behind in it."""
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -11,20 +13,26 @@ from tfbn._normalize.dispatch import without_gradients
 
 
 @contextlib.contextmanager
-def calls_replaced(
-    replacements: Iterable[tuple[keras.layers.Layer, Callable[..., Any]]],
+def intercept_calls(
+    layers: Iterable[keras.layers.Layer], run: Callable[..., Any]
 ) -> Iterator[None]:
-    """While open, each of these layers runs the given function instead of its own `call`.
+    """While open, ``run(layer, call, inputs, training=..., mask=...)`` replaces each layer's ``call``.
 
-    Keras looks up `layer.call` on the instance, so this works wherever the layer is: in a Functional,
-    Sequential or subclassed model, in a wrapper, or shared by several parents. Functions that were traced
-    earlier are not affected. Contexts can be nested.
+    The argument ``call`` is what is replaced: the layer's own method, or the replacement of an outer block.
+
+    Keras looks ``layer.call`` up on the instance, so this works wherever the layer is: in a Functional,
+    Sequential or subclassed model, in a wrapper, or shared by several parents. Functions that were
+    compiled before keep what they were traced with.
+
+    Args:
+        layers: The layers to intercept.
+        run: Called with a layer, the call that it replaces, and the arguments that Keras passes.
     """
     before = []
     try:
-        for layer, call in replacements:
+        for layer in layers:
             before.append((layer, vars(layer).get("call")))
-            layer.call = call
+            layer.call = functools.partial(run, layer, layer.call)
         yield
     finally:
         for layer, call in reversed(before):
@@ -34,18 +42,41 @@ def calls_replaced(
                 layer.call = call
 
 
+class _FunctionsRunEagerly:
+    """A process-wide switch of TensorFlow, on while anybody needs it, then as it was before."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._before = tf.config.functions_run_eagerly()
+                tf.config.run_functions_eagerly(True)
+            self._users += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                tf.config.run_functions_eagerly(self._before)
+
+
+_functions_run_eagerly = _FunctionsRunEagerly()
+
+
 @contextlib.contextmanager
 def isolated_tracing() -> Iterator[None]:
-    """While open, tracing a model into a function reads nothing from earlier traces and leaves none behind.
+    """While open, a model can be traced without leaving anything behind in it.
 
-    A `tf.function` inside the model would reuse its earlier trace, and would keep the new one, with its
-    intercepted layers, for later calls. Here it runs as plain Python, so trace the outer function with
-    `get_concrete_function`. Our layers define no gradients, because TensorFlow would keep them.
+    Trace with ``get_concrete_function``. A ``tf.function`` inside of the traced code becomes a part of the
+    new graph. Otherwise, it would run what it was traced with before, and it would keep what it is traced
+    with now for later calls by its owner. TensorFlow can inline these functions only for the whole
+    process: while the block is open, a ``tf.function`` in another thread runs eagerly, which is slower
+    and equally right. So keep the block short. tfbn's layers leave out their gradient functions, which
+    TensorFlow would keep.
     """
-    before = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
-    try:
-        with without_gradients():
-            yield
-    finally:
-        tf.config.run_functions_eagerly(before)
+    with _functions_run_eagerly, without_gradients():
+        yield

@@ -1,4 +1,4 @@
-"""Batch normalization that stands still, whatever the model around it says."""
+"""Freezing and unfreezing batch normalization layers."""
 
 from collections.abc import Sequence
 
@@ -15,45 +15,44 @@ def freeze(
     *,
     within: keras.layers.Layer | Sequence[keras.layers.Layer] | None = None,
 ) -> None:
-    """Freezes the batch normalization layers of a model: their statistics, gamma and beta, or both.
+    """Freezes the moving statistics of a model's batch normalization layers, their gamma and beta, or both.
 
-    Frozen statistics stand still and are what the layer normalizes by, as in inference, under any
-    ``training=True`` from outside: Keras's own way, calling a base model with ``training=False``, is
-    overridden by `fit` (keras#20285). Frozen affine parameters are no trainable variables, under any
-    ``trainable = True`` from outside.
+    A layer with frozen statistics normalizes by its moving statistics and does not update them, even if
+    the model is called with ``training=True``. (Keras's own recipe, calling the base model with
+    ``training=False``, does not survive `fit`: see keras#20285.) Frozen gamma and beta are not trainable,
+    even if a model around the layer sets ``trainable = True``.
 
-    Our layer keeps it in its config, hence through saving and loading. A Keras layer has one switch for
-    both, ``layer.trainable``, which is set to False; that holds under any ``training``, but a
-    ``trainable = True`` of a model around it, if one comes later, opens it again.
+    tfbn's layer stores both flags in its config, so saving and loading keep them. Keras's layer has a single
+    switch, ``layer.trainable``, which `freeze` sets to False. It holds for any ``training``, but a later
+    ``trainable = True`` on a model around the layer undoes it.
 
-    A compiled model need not be compiled again: its training step is traced anew.
+    You do not need to compile the model again.
 
     Args:
-        model: A Keras model, or any layer. To be effective in training that has begun, it must be the
-            model that is trained.
-        statistics: Whether to freeze the statistics.
+        model: A Keras model or layer. If training has begun, pass the model that is being trained.
+        statistics: Whether to freeze the moving statistics.
         affine: Whether to freeze gamma and beta.
-        within: Freeze only the batch normalization layers in this part of the model, or in these: a
-            base model, a block, single layers.
+        within: A layer or model inside of `model`, or a list of them. Only the batch normalization layers in
+            these are frozen. By default, all are.
 
     Raises:
-        TypeError: If `model`, or what is in `within`, is no Keras model or layer.
-        ValueError: If there is nothing to freeze, or if a Keras layer is asked for one of the two only.
-            Nothing has changed then.
+        TypeError: If `model` or an item of `within` is not a Keras model or layer.
+        ValueError: If there is nothing to freeze, or if only one of the two is to be frozen in a Keras
+            layer. The model does not change.
 
     Example:
-        Fine-tuning on small batches, with the statistics of the pretrained model:
+        Fine-tune on small batches with the statistics of the pretrained model:
 
         >>> base = tfbn.convert(keras.applications.ResNet50(include_top=False))
         >>> tfbn.freeze(base, affine=False)
     """
-    for layer in _chosen("freeze", model, statistics, affine, within):
+    for layer in _selected_layers("freeze", model, statistics, affine, within):
         if isinstance(layer, BatchNormalization):
             layer.freeze_statistics |= statistics
             layer.freeze_affine |= affine
         else:
             layer.trainable = False
-    _renew(model)
+    _retrace_training_step(model)
 
 
 def unfreeze(
@@ -63,38 +62,38 @@ def unfreeze(
     *,
     within: keras.layers.Layer | Sequence[keras.layers.Layer] | None = None,
 ) -> None:
-    """Undoes `freeze`, and a ``trainable = False`` on the layers or on a model around them.
+    """Undoes `freeze`, and ``trainable = False`` on the layers or on a model around them.
 
-    A model that was first trained, or loaded with its optimizer, while gamma and beta were frozen has an
-    optimizer that does not know them: compile it again after `unfreeze`.
+    If gamma and beta were frozen when the optimizer was built, compile the model again after `unfreeze`:
+    the optimizer does not know them.
 
     Args:
-        model: As in `freeze`.
-        statistics: Whether the statistics move again.
-        affine: Whether gamma and beta learn again.
-        within: As in `freeze`.
+        model: A Keras model or layer, as in `freeze`.
+        statistics: Whether to unfreeze the moving statistics.
+        affine: Whether to unfreeze gamma and beta.
+        within: A layer or model inside of `model`, or a list of them, as in `freeze`.
 
     Raises:
-        TypeError: As in `freeze`.
-        ValueError: As in `freeze`.
+        TypeError: As `freeze` does.
+        ValueError: As `freeze` does.
     """
-    for layer in _chosen("unfreeze", model, statistics, affine, within):
+    for layer in _selected_layers("unfreeze", model, statistics, affine, within):
         if isinstance(layer, BatchNormalization):
-            # What `trainable = False` froze and shall stay frozen is frozen by its own switch instead.
+            # `trainable = False` froze both. What is to stay frozen gets its own flag.
             layer.freeze_statistics = statistics_are_frozen(layer) and not statistics
             layer.freeze_affine = (layer.freeze_affine or not layer.trainable) and not affine
         layer.trainable = True
-    _renew(model)
+    _retrace_training_step(model)
 
 
-def _chosen(
+def _selected_layers(
     verb: str,
     model: keras.layers.Layer,
     statistics: bool,
     affine: bool,
     within: keras.layers.Layer | Sequence[keras.layers.Layer] | None,
 ) -> list[BatchNormLayer]:
-    """The layers that are meant, if what is asked of them is possible."""
+    """Returns the layers to change, after checking that the change is possible."""
     layers = batch_norm_layers(model)
     if within is not None:
         parts = [within] if isinstance(within, keras.layers.Layer) else within
@@ -102,8 +101,8 @@ def _chosen(
         layers = [layer for layer in layers if id(layer) in inside]
     if not layers:
         raise ValueError(
-            f"There is nothing to {verb}: found no batch normalization layer. A subclassed model shows layers "
-            "that it makes on its first call only after that. "
+            f"There is nothing to {verb}: found no batch normalization layer. A subclassed model that creates "
+            "its layers in its first call must be called first. "
             f"Received: model {model.name!r}, within={within!r}."
         )
     if not (statistics or affine):
@@ -114,14 +113,14 @@ def _chosen(
     stock = [layer.path for layer in layers if not isinstance(layer, BatchNormalization)]
     if stock and not (statistics and affine):
         raise ValueError(
-            "keras.layers.BatchNormalization has one switch for its statistics and its affine parameters "
-            f"together: {verb} both, or exchange the layers by `tfbn.convert(model)` and {verb} those. "
+            "keras.layers.BatchNormalization cannot freeze its statistics and its affine parameters "
+            f"separately. Either {verb} both, or convert the model with `tfbn.convert(model)` first. "
             f"Received: statistics={statistics}, affine={affine}, Keras layers {stock}."
         )
     return layers
 
 
-def _renew(model: keras.layers.Layer) -> None:
-    """Makes a compiled model trace its training step anew: what is frozen is fixed when it is traced."""
+def _retrace_training_step(model: keras.layers.Layer) -> None:
+    """Makes a compiled model trace its training step again: tracing fixes what is frozen."""
     if getattr(model, "train_function", None) is not None:
         model.make_train_function(force=True)

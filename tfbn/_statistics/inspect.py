@@ -1,4 +1,4 @@
-"""The batch normalization layers of a model at a glance."""
+"""A summary of a model's batch normalization layers."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfbn._models.walk import BatchNormLayer, batch_norm_layers, statistics_are_frozen
+from tfbn._models.walk import BatchNormLayer, batch_norm_layers, name_of, statistics_are_frozen
 from tfbn._support import tables
+from tfbn._support.report import Report, count, plain
 
-HEADER = ("layer", "of", "state", "channels", "moving mean", "moving variance", "γ")
+HEADER = ("layer", "package", "state", "channels", "moving mean", "moving variance", "γ")
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer: how it is set up, and between what values its weights lie.
+    """The settings of one layer, and the range of its weights.
 
     Attributes:
         layer: Its path.
-        kind: The package and the class.
-        state: "initial" while no batch has moved its statistics, "updated", "not finite" or "not built";
-            and whether they are frozen.
+        kind: Its package and class, such as ``"keras.BatchNormalization"``.
+        state: "initial" if its moving statistics were never updated, "updated", "not finite" or "not
+            built"; followed by ", frozen" if its statistics are frozen.
         channels: How many means it has.
-        axis: Of the channels.
-        momentum: None for the cumulative average.
+        axis: Its channel axis or axes.
+        momentum: Its momentum; None for the cumulative average.
         epsilon: What is added to the variance.
-        mean: The least and the largest moving mean.
-        variance: The least and the largest moving variance.
-        gamma: The least and the largest γ; None without one.
+        mean: The smallest and the largest moving mean; None if it is not built.
+        variance: The smallest and the largest moving variance; None if it is not built.
+        gamma: The smallest and the largest γ; None if it has none.
     """
 
     layer: str
@@ -45,10 +46,11 @@ class LayerSummary:
 
     @classmethod
     def of(cls, layer: BatchNormLayer) -> LayerSummary:
+        """Summarizes a layer."""
         built = layer.moving_mean is not None
         package = type(layer).__module__.split(".")[0]
         return cls(
-            layer=layer.path or layer.name,
+            layer=name_of(layer),
             kind=f"{package}.{type(layer).__name__}",
             state=_state(layer),
             channels=int(np.prod(layer.moving_mean.shape)) if built else 0,
@@ -60,39 +62,57 @@ class LayerSummary:
             gamma=_range(layer.gamma),
         )
 
-    def cells(self) -> list[str]:
-        ranges = [_shown(values) for values in (self.mean, self.variance, self.gamma)]
-        package = self.kind.split(".")[0]
-        return [self.layer, package, self.state, str(self.channels), *ranges]
-
 
 @dataclass(frozen=True)
-class Inspection:
-    """The layers of a model in order of definition; it prints as a table."""
+class Inspection(Report):
+    """A summary of a model's batch normalization layers. It prints as a table.
+
+    Attributes:
+        model: The name of the model.
+        layers: A `LayerSummary` of each layer, in order of definition.
+    """
 
     model: str
     layers: tuple[LayerSummary, ...]
 
     @classmethod
-    def of(cls, model: keras.Model) -> Inspection:
+    def of(cls, model: keras.layers.Layer) -> Inspection:
+        """Summarizes a model.
+
+        Args:
+            model: A Keras model or layer.
+
+        Raises:
+            TypeError: If `model` is not a Keras model or layer.
+        """
         return cls(model.name, tuple(LayerSummary.of(layer) for layer in batch_norm_layers(model)))
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it in plain types; what is not finite is None."""
+        """Returns the report in plain types that JSON can represent. Numbers that are not finite become None."""
+        return plain(asdict(self))
 
-        def plain(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return [number if np.isfinite(number) else None for number in value]
-            return value
-
-        layers = [{k: plain(v) for k, v in asdict(layer).items()} for layer in self.layers]
-        return {"model": self.model, "layers": layers}
+    def to_markdown(self) -> str:
+        """Returns the report as Markdown."""
+        table = tables.markdown(HEADER, self._rows())
+        return f"{self._title()}\n\n{table}" if self.layers else self._title()
 
     def __str__(self) -> str:
-        title = f"{self.model}: {len(self.layers)} batch normalization layers"
-        if not self.layers:
-            return title
-        return tables.text(title, HEADER, [layer.cells() for layer in self.layers])
+        return tables.text(self._title(), HEADER, self._rows()) if self.layers else self._title()
+
+    def _title(self) -> str:
+        return f"{self.model}: {count(len(self.layers), 'batch normalization layer')}"
+
+    def _rows(self) -> list[list[str]]:
+        return [
+            [
+                layer.layer,
+                layer.kind.split(".")[0],
+                layer.state,
+                str(layer.channels),
+                *(_shown(values) for values in (layer.mean, layer.variance, layer.gamma)),
+            ]
+            for layer in self.layers
+        ]
 
 
 def _state(layer: BatchNormLayer) -> str:

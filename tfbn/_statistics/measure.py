@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from tfbn._data import sharding
 from tfbn._layer import arguments
-from tfbn._models.intercept import calls_replaced, isolated_tracing
+from tfbn._models.intercept import intercept_calls, isolated_tracing
 from tfbn._models.walk import BatchNormLayer, name_of, strategy_of
 from tfbn._moments.moments import Moments
 from tfbn._normalize.dispatch import without_gradients
@@ -130,21 +130,19 @@ class StatisticsPasses:
         def trace(batch: Any) -> None:
             graph = tf.compat.v1.get_default_graph()
 
-            def recorded(layer: BatchNormLayer) -> Callable[..., tf.Tensor]:
-                infer = layer.call
+            def record(
+                layer: BatchNormLayer,
+                infer: Any,
+                inputs: Any,
+                training: Any = None,
+                mask: Any = None,
+            ) -> tf.Tensor:
+                output = tf.identity(infer(inputs, training=False, mask=mask))
+                read = [tf.convert_to_tensor(part) for part in (inputs, mask) if part is not None]
+                calls.append((layer, Call(read, output, output.graph is not graph)))
+                return output
 
-                def call(inputs: Any, training: Any = None, mask: Any = None) -> tf.Tensor:
-                    output = tf.identity(infer(inputs, training=False, mask=mask))
-                    read = [
-                        tf.convert_to_tensor(part) for part in (inputs, mask) if part is not None
-                    ]
-                    nested = output.graph is not graph
-                    calls.append((layer, Call(read, output, nested)))
-                    return output
-
-                return call
-
-            with calls_replaced([(layer, recorded(layer)) for layer in self._layers]):
+            with intercept_calls(self._layers, record):
                 self.forward(self._model, batch)
 
         with isolated_tracing():
@@ -242,15 +240,12 @@ class StatisticsPasses:
         Open around all replicas: where synchronized layers meet, they take turns in threads of their own.
         """
 
-        def replaced(layer: BatchNormLayer) -> Callable[..., tf.Tensor]:
-            infer = layer.call
+        def run(
+            layer: BatchNormLayer, infer: Any, inputs: Any, training: Any = None, mask: Any = None
+        ) -> tf.Tensor:
+            return self._running.call(layer, infer, inputs, mask)
 
-            def call(inputs: Any, training: Any = None, mask: Any = None) -> tf.Tensor:
-                return self._running.call(layer, infer, inputs, mask)
-
-            return call
-
-        with calls_replaced([(layer, replaced(layer)) for layer in self._layers]):
+        with intercept_calls(self._layers, run):
             yield
 
     def _conclude(self, level: int, batches: int) -> None:

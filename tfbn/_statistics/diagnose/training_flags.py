@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbn._models.intercept import calls_replaced, isolated_tracing
+from tfbn._models.intercept import intercept_calls, isolated_tracing
 from tfbn._models.walk import BatchNormLayer, batch_norm_layers, name_of, statistics_are_frozen
 from tfbn._statistics.plan import run_model
 
@@ -43,18 +43,15 @@ def _received(
     """Returns the `training` that each call of each layer receives."""
     received: dict[int, list[bool]] = {id(layer): [] for layer in layers}
 
-    def recorded(layer: BatchNormLayer) -> Any:
-        original = layer.call
-
-        def call(inputs: Any, training: Any = None, mask: Any = None) -> tf.Tensor:
-            value = tf.get_static_value(training) if tf.is_tensor(training) else training
-            received[id(layer)].append(bool(value))
-            return original(inputs, training=False, mask=mask)
-
-        return call
+    def record(
+        layer: BatchNormLayer, call: Any, inputs: Any, training: Any = None, mask: Any = None
+    ) -> tf.Tensor:
+        value = tf.get_static_value(training) if tf.is_tensor(training) else training
+        received[id(layer)].append(bool(value))
+        return call(inputs, training=False, mask=mask)
 
     def trace(batch: Any) -> None:
-        with calls_replaced([(layer, recorded(layer)) for layer in layers]):
+        with intercept_calls(layers, record):
             run_model(model, batch, training)
 
     with isolated_tracing():

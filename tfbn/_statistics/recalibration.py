@@ -1,0 +1,81 @@
+"""What a recalibration reports."""
+
+import dataclasses
+from typing import Any
+
+from tfbn._support import tables
+from tfbn._support.report import Report, count, plain
+
+HEADER = ("layer", "outcome", "calls", "values", "mean moved by", "variance times")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerChange:
+    """What `tfbn.recalibrate` did to one layer.
+
+    Attributes:
+        layer: The path of the layer.
+        outcome: "recalibrated", or why the layer did not change: "frozen", "not called", or "masked" if the
+            masks left no values.
+        calls: How often the model calls the layer.
+        values: The number of values per channel over all calls: the mean over the channels.
+        mean_shift: How far the mean moved, in standard deviations of the new statistics: the root mean
+            square over the channels.
+        variance_ratio: The new variance divided by the old one: the geometric mean over the channels.
+    """
+
+    layer: str
+    outcome: str
+    calls: int = 0
+    values: float = 0.0
+    mean_shift: float = 0.0
+    variance_ratio: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Recalibration(Report):
+    """What `tfbn.recalibrate` did. It prints as a table.
+
+    Attributes:
+        upstream: The argument of `tfbn.recalibrate`.
+        passes: How often the data was read.
+        batches: The number of batches in a pass.
+        examples: The number of examples in a pass.
+        layers: A `LayerChange` for each layer, in order of definition.
+    """
+
+    upstream: str
+    passes: int
+    batches: int
+    examples: int
+    layers: tuple[LayerChange, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report in plain types that JSON can represent. Numbers that are not finite become None."""
+        return plain(dataclasses.asdict(self))
+
+    def to_markdown(self) -> str:
+        """Returns the report as Markdown."""
+        return f"{self._title()}\n\n{tables.markdown(HEADER, self._rows())}"
+
+    def __str__(self) -> str:
+        return tables.text(self._title(), HEADER, self._rows())
+
+    def _title(self) -> str:
+        return (
+            f"Batch normalization recalibrated on {count(self.examples, 'example')} in "
+            f"{count(self.batches, 'batch', 'batches')}, {count(self.passes, 'pass', 'passes')}"
+        )
+
+    def _rows(self) -> list[list[str]]:
+        return [
+            [
+                change.layer,
+                change.outcome,
+                str(change.calls),
+                f"{change.values:.0f}",
+                f"{change.mean_shift:.3g} σ",
+                f"{change.variance_ratio:.3g}",
+            ]
+            for change in self.layers
+        ]
