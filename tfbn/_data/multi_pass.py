@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tfbn._data.sources import ArraySource, as_source, spec_of
 from tfbn._support.checks import check_count
-from tfbn._support.report import count
+from tfbn._support.reports import count
 
 
 class MultiPassReader:

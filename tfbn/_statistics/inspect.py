@@ -10,7 +10,7 @@ import numpy as np
 
 from tfbn._models.walk import BatchNormLayer, batch_norm_layers, name_of, statistics_are_frozen
 from tfbn._support import tables
-from tfbn._support.report import Report, count, plain
+from tfbn._support.reports import Report, count, plain
 
 HEADER = ("layer", "package", "state", "channels", "moving mean", "moving variance", "γ")
 

@@ -10,7 +10,7 @@ from tfbn._data.multi_pass import MultiPassReader
 from tfbn._layer.batch_normalization import BatchNormalization
 from tfbn._models.walk import BatchNormLayer, batch_norm_layers, name_of, statistics_are_frozen
 from tfbn._statistics.measure import Forward, StatisticsPasses, Summary
-from tfbn._support.report import count
+from tfbn._support.reports import count
 
 UPSTREAM = ("population", "batch")
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from tfbn._support import tables
-from tfbn._support.report import Report, count, plain
+from tfbn._support.reports import Report, count, plain
 
 HEADER = ("layer", "outcome", "calls", "values", "mean moved by", "variance times")
 
