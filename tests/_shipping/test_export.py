@@ -1,5 +1,6 @@
 """An exported model serves without tfbn, gives the model's outputs, and never replaces anything by half."""
 
+import logging
 import resource
 import shutil
 import subprocess
@@ -69,6 +70,15 @@ def test_a_process_with_tensorflow_alone_can_serve_it(tmp_path):
     subprocess.run(command, cwd=tmp_path, check=True, timeout=120, capture_output=True)
     expected = model(images(4), training=False)
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_warning_about_gradients_is_logged(tmp_path, monkeypatch):
+    """An exported model is for inference: TensorFlow warned that gradients were not saved."""
+    logged = []
+    monkeypatch.setattr(logging.getLogger("absl"), "handle", logged.append)
+    path = tfbn.export(trained(), tmp_path / "served", fold=False)
+    serve(path)
+    assert [record.getMessage() for record in logged] == []
 
 
 def test_the_model_card_describes_the_signature(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import tensorflow as tf
 from tfbn._models import compare
 from tfbn._models.signature import Signature, signature_of
 from tfbn._models.walk import children, walk
+from tfbn._normalize.dispatch import without_gradients
 from tfbn._shipping import model_card
 from tfbn._shipping.atomic_directory import atomic_directory
 from tfbn._shipping.fold.fold import fold as fold_model
+from tfbn._shipping.fold.report import FoldReport
+from tfbn._support.reports import Report, plain
 
 SIGNATURE = "serving_default"
 LARGEST_CONSTANTS = 2**30
@@ -75,6 +79,66 @@ def export(
         >>> served = tf.saved_model.load("served/1").signatures["serving_default"]
         >>> served(image=images)
     """
+    return write_saved_model(
+        model, path, fold=fold, overwrite=overwrite, inputs=inputs, tolerance=tolerance
+    ).path
+
+
+@dataclass(frozen=True)
+class Exported(Report):
+    """What `write_saved_model` did.
+
+    Attributes:
+        path: The directory of the SavedModel.
+        difference: The largest difference between the outputs of the SavedModel and of the model,
+            relative to the largest output.
+        folded: What was folded; None if nothing was to be folded.
+    """
+
+    path: Path
+    difference: float
+    folded: FoldReport | None
+
+    @property
+    def card(self) -> Path:
+        """The model card."""
+        return self.path / "MODEL_CARD.md"
+
+    def to_markdown(self) -> str:
+        """Returns the model card."""
+        return self.card.read_text(encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report in plain types that JSON can represent."""
+        return plain(
+            {
+                "path": str(self.path),
+                "card": str(self.card),
+                "difference": self.difference,
+                "folded": self.folded and self.folded.to_dict(),
+            }
+        )
+
+    def __str__(self) -> str:
+        parts = [] if self.folded is None else [str(self.folded)]
+        parts += [
+            f"loaded again: outputs differ by at most {self.difference:.1e}",
+            f"written: {self.path}",
+            f"model card: {self.card}",
+        ]
+        return "\n".join(parts)
+
+
+def write_saved_model(
+    model: keras.Model,
+    path: str | os.PathLike[str],
+    *,
+    fold: bool,
+    overwrite: bool,
+    inputs: Any,
+    tolerance: float | None,
+) -> Exported:
+    """Does what `export` does, and returns a report."""
     if not isinstance(model, keras.Model):
         raise TypeError(
             f"`model` must be a Keras model. Received: model={model!r} of type {type(model).__name__}."
@@ -103,7 +167,7 @@ def export(
         report = served.report if fold else None
         card = model_card.text(model, signature, SIGNATURE, difference, report)
         (folder / "MODEL_CARD.md").write_text(card, encoding="utf-8")
-    return path
+    return Exported(path, difference, report)
 
 
 def _write(model: keras.Model, signature: Signature, folder: Path) -> None:
@@ -124,9 +188,10 @@ def _write(model: keras.Model, signature: Signature, folder: Path) -> None:
     for layer in walk(model, set()):
         if layer.built and not layer.weights and not list(children(layer)):
             archive.track(layer)  # It may hold a lookup table, as preprocessing layers do.
-    archive.add_endpoint("serve", serve, signature.inputs)
     try:
-        archive.write_out(str(folder), verbose=False)
+        with without_gradients():  # Otherwise, loading warns that gradients were not saved.
+            archive.add_endpoint("serve", serve, signature.inputs)
+            archive.write_out(str(folder), verbose=False)
     except tf.errors.OpError as error:  # TensorFlow's file system does not raise OSError.
         raise OSError(
             f"TensorFlow cannot write the SavedModel. Received: {type(error).__name__}: {error.message} "

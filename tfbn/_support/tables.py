@@ -10,6 +10,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from typing import TextIO
 
 Row = Sequence[str]
 _NUMBER = re.compile(r"[-+−]?(\d|inf\b|nan\b)|$")
@@ -41,9 +42,10 @@ def markdown(header: Row, rows: Sequence[Row]) -> str:
     )
 
 
-def line_width() -> int:
-    """The width of the terminal; practically unlimited if the output is not a terminal."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else _UNLIMITED
+def line_width(stream: TextIO | None = None) -> int:
+    """The width of the terminal; practically unlimited if the stream (stdout) is not a terminal."""
+    stream = stream or sys.stdout
+    return shutil.get_terminal_size().columns if stream.isatty() else _UNLIMITED
 
 
 def _numeric_columns(header: Row, rows: Sequence[Row]) -> list[bool]:

@@ -1,0 +1,115 @@
+"""The commands: each applies a public function to files, prints what it returns, and returns an exit status."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from tfbn._command_line import files
+from tfbn._command_line.files import CommandError
+from tfbn._layer.batch_normalization import BatchNormalization
+from tfbn._shipping.convert import convert as convert_model
+from tfbn._shipping.export import write_saved_model
+from tfbn._shipping.fold.fold import fold as fold_model
+from tfbn._statistics.diagnose.diagnose import diagnose as diagnose_model
+from tfbn._statistics.inspect import Inspection
+from tfbn._statistics.recalibrate import recalibrate as recalibrate_model
+
+HEALTHY, FINDINGS, ERROR = 0, 1, 2
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Lists the batch normalization layers."""
+    inspection = Inspection.of(_load(options))
+    _print(options, inspection.to_dict(), str(inspection))
+    return HEALTHY
+
+
+def diagnose(options: argparse.Namespace) -> int:
+    """Compares the moving statistics with data."""
+    data = files.load_arrays(options.data)
+    model = _load(options, compiled=isinstance(data, tuple))
+    diagnosis = diagnose_model(
+        model, data, upstream=options.upstream, steps=options.steps, batch_size=options.batch_size
+    )
+    text = str(diagnosis)
+    if any("tfbn.recalibrate(" in finding.cure for finding in diagnosis.findings):
+        text += (
+            "\n\nTo recalibrate the model in the file:\n"
+            f"    {options.prog} recalibrate {options.model} {options.data} --output recalibrated.keras"
+        )
+    _print(options, diagnosis.to_dict(), text)
+    return FINDINGS if diagnosis else HEALTHY
+
+
+def recalibrate(options: argparse.Namespace) -> int:
+    """Sets the moving statistics to those of data."""
+    files.require_output(options.output, options.overwrite)
+    data = files.load_inputs(options.data)
+    model = _load(options, compiled=True)
+    result = recalibrate_model(
+        model,
+        data,
+        upstream=options.upstream,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        include_frozen=options.include_frozen,
+    )
+    _write(options, model)
+    _print(options, result.to_dict(), f"{result}\nwritten: {options.output}")
+    return HEALTHY
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Converts the batch normalization layers to another class."""
+    files.require_output(options.output, options.overwrite)
+    to = BatchNormalization if options.to == "tfbn" else keras.layers.BatchNormalization
+    model = convert_model(_load(options, compiled=True), to=to, synchronized=options.synchronized)
+    _write(options, model)
+    inspection = Inspection.of(model)
+    _print(options, inspection.to_dict(), f"{inspection}\nwritten: {options.output}")
+    return HEALTHY
+
+
+def fold(options: argparse.Namespace) -> int:
+    """Folds batch normalization into the adjacent layers."""
+    files.require_output(options.output, options.overwrite)
+    model = fold_model(_load(options), _inputs(options), tolerance=options.tolerance)
+    _write(options, model)
+    _print(options, model.report.to_dict(), f"{model.report}\nwritten: {options.output}")
+    return HEALTHY
+
+
+def export(options: argparse.Namespace) -> int:
+    """Writes a SavedModel."""
+    path: Path = options.output
+    if path.is_dir() and any(path.iterdir()) and not options.overwrite:
+        raise CommandError(f"The directory exists. Add --overwrite to replace it. Received: {path}")
+    exported = write_saved_model(
+        _load(options),
+        path,
+        fold=not options.no_fold,
+        overwrite=options.overwrite,
+        inputs=_inputs(options),
+        tolerance=options.tolerance,
+    )
+    _print(options, exported.to_dict(), str(exported))
+    return HEALTHY
+
+
+def _print(options: argparse.Namespace, data: Any, text: str) -> None:
+    print(json.dumps(data, indent=2, allow_nan=False) if options.json else text)
+
+
+def _load(options: argparse.Namespace, *, compiled: bool = False) -> keras.Model:
+    return files.load_model(options.model, compiled=compiled, safe_mode=options.safe_mode)
+
+
+def _write(options: argparse.Namespace, model: keras.Model) -> None:
+    files.save_model(model, options.output, safe_mode=options.safe_mode)
+
+
+def _inputs(options: argparse.Namespace) -> Any:
+    return None if options.inputs is None else files.load_inputs(options.inputs)
