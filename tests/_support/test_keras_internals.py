@@ -1,5 +1,7 @@
 """Private names of Keras and TensorFlow: each test fails on the day that one is gone, or tries its fallback."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import keras
 import tensorflow as tf
 
@@ -62,3 +64,48 @@ def test_keras_still_attaches_masks_by_the_name_we_know():
     masked = keras.layers.Masking()(tf.zeros([1, 2, 3]))
     assert keras_internals.mask_of(masked).numpy().tolist() == [[False, False]]
     assert keras_internals.mask_of(tf.zeros([1])) is None
+
+
+def test_keras_still_scales_losses_by_the_functions_we_know():
+    with keras_internals.losses_unscaled() as unscaled:
+        assert unscaled
+
+
+def test_without_those_functions_losses_stay_scaled(monkeypatch):
+    monkeypatch.setattr(keras_internals, "_SCALINGS", ("a_name_that_is_gone",))
+    keras_internals._scaling_is_ours.cache_clear()
+    try:
+        with keras_internals.losses_unscaled() as unscaled:
+            assert not unscaled
+    finally:
+        keras_internals._scaling_is_ours.cache_clear()
+
+
+def test_each_thread_has_its_own_list_of_added_losses():
+    class Add(keras.layers.Layer):
+        def call(self, x):
+            self.add_loss(x)
+            return x
+
+    def call_twice() -> list[float]:
+        layer(tf.constant(1.0))  # A new call drops the losses of the one before.
+        layer(tf.constant(2.0))
+        return [float(loss) for loss in layer.losses]
+
+    layer = Add()
+    layer(tf.constant(3.0))
+    with keras_internals.losses_kept_per_replica([layer]):
+        assert call_twice() == [2.0]
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(lambda: list(layer.losses)).result() == []
+            assert pool.submit(call_twice).result() == [2.0]
+        layer(tf.constant(4.0))
+        assert [float(loss) for loss in layer.losses] == [4.0]
+    assert [float(loss) for loss in layer.losses] == [3.0]
+
+
+def test_without_the_list_of_losses_layers_are_left_alone():
+    layer = keras.layers.ReLU()
+    del layer._losses
+    with keras_internals.losses_kept_per_replica([layer]):
+        assert "_losses" not in vars(layer)

@@ -1,14 +1,18 @@
 """The loop notices batch normalization that learned no statistics."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tfbn import StatisticsNotUpdatedError, TrainingLoop
 from tfbn._layer.batch_normalization import BatchNormalization
 from tfbn._training.guard import learns_statistics
 
 KINDS = [keras.layers.BatchNormalization, BatchNormalization]
+STRATEGIES = {"none": None, "one device": tf.distribute.OneDeviceStrategy("CPU:0")}
 
 
 class Forgetful(keras.Model):
@@ -82,7 +86,8 @@ def test_a_cumulative_average_does_not_raise():
     TrainingLoop(model, "sgd", "mse").fit((data()[0], data()[0]), epochs=2, verbose=0)
 
 
-def test_a_layer_that_the_model_does_not_use_raises():
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_that_the_model_never_calls_does_not_raise(kind):
     class Model(Forgetful):
         def build(self, shape):
             self.bad.build(shape)
@@ -90,9 +95,39 @@ def test_a_layer_that_the_model_does_not_use_raises():
         def call(self, x, training=False):
             return self.dense(self.good(x, training=training))
 
-    loop = TrainingLoop(Model(BatchNormalization, center=False, scale=False), "sgd", "mse")
-    with pytest.raises(StatisticsNotUpdatedError, match="'bad'"):
+    TrainingLoop(Model(kind, center=False, scale=False), "sgd", "mse").fit(data(), verbose=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_that_the_model_calls_in_inference_only_raises(kind):
+    class Model(Forgetful):
+        def build(self, shape):
+            self.bad.build(shape)
+
+        def call(self, x, training=False):
+            x = self.good(x, training=training)
+            return self.dense(x if training else self.bad(x))
+
+    loop = TrainingLoop(Model(kind, center=False, scale=False), "sgd", "mse")
+    with pytest.raises(StatisticsNotUpdatedError, match="Received: 'bad'"):
         loop.fit(data(), verbose=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_statistics_that_are_right_already_do_not_raise(kind, strategy):
+    """A step on the data that the model was recalibrated with moves nothing. The probe leaves no trace."""
+    x = np.float32([[1, 2], [3, 6]] * 4)
+    strategy = STRATEGIES[strategy]
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        layer = kind(momentum=0.5)
+        model = keras.Sequential([keras.Input((2,)), layer])
+        loop = TrainingLoop(model, keras.optimizers.SGD(0.0), "mse", strategy=strategy)
+    layer.moving_mean.assign([2, 4])
+    layer.moving_variance.assign([1, 4])
+    loop.fit(x, x, verbose=0)
+    np.testing.assert_array_equal(layer.moving_mean, [2, 4])
+    np.testing.assert_array_equal(layer.moving_variance, [1, 4])
 
 
 def test_a_model_whose_call_has_no_training_argument_learns_or_raises():

@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 from tfbn._layer.batch_normalization import BatchNormalization
+from tfbn._training.class_weights import class_weights
 from tfbn._training.loop import TrainingLoop
 
 LAYERS = keras.layers
@@ -123,6 +124,74 @@ def test_class_weights_equal_those_of_fit(labels):
     theirs.fit(x, y, **fit)
     for mine, other in zip(ours.get_weights(), theirs.get_weights(), strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-6)
+
+
+def test_the_smallest_class_weight_keeps_its_digits():
+    weights = class_weights(tf.constant([0, 1, 2]), None, {0: 1e-8, 2: 3.0})
+    np.testing.assert_array_equal(weights, np.float32([1e-8, 1, 3]))
+
+
+class OwnLoss(keras.Model):
+    """The example in the docstring of `keras.Model.compute_loss`, as Keras 3.2 had it."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.loss_tracker = keras.metrics.Mean(name="loss")
+
+    def compute_loss(self, x, y, y_pred, sample_weight):
+        loss = keras.ops.mean((y_pred - y) ** 2) + sum(self.losses)
+        self.loss_tracker.update_state(loss)
+        return loss
+
+    def reset_metrics(self):
+        self.loss_tracker.reset_state()
+
+    @property
+    def metrics(self):
+        return [self.loss_tracker]
+
+
+class OwnMetrics(keras.Model):
+    """The example in the docstring of `keras.Model.compute_metrics`."""
+
+    def compute_metrics(self, x, y, y_pred, sample_weight):
+        logs = super().compute_metrics(x, y, y_pred, sample_weight)
+        return logs | {"largest": keras.ops.max(y_pred)}
+
+
+@pytest.mark.parametrize("kind", [OwnLoss, OwnMetrics])
+def test_a_model_with_its_own_compute_loss_or_compute_metrics_trains_as_in_fit(kind):
+    x, _ = data()
+    histories, weights, evaluations = [], [], []
+    for use_loop in (True, False):
+        base = network(4)
+        model = kind(base.inputs, base.outputs)
+        batches = tf.data.Dataset.from_tensor_slices((x, x)).batch(10)
+        fit = {"validation_data": batches, "epochs": 2, "shuffle": False, "verbose": 0}
+        if use_loop:
+            loop = TrainingLoop(model, "sgd", "mse")
+            history = loop.fit(batches, **fit)
+            evaluations.append(loop.evaluate(batches, verbose=0))
+        else:
+            model.compile("sgd", "mse")
+            history = model.fit(batches, **fit)
+            evaluations.append(model.evaluate(batches, verbose=0, return_dict=True))
+        histories.append(history.history)
+        weights.append(model.get_weights())
+    assert histories[0] == histories[1]
+    assert evaluations[0] == evaluations[1]
+    for mine, other in zip(*weights, strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize("name", ["train_step", "test_step"])
+def test_a_model_with_its_own_step_raises(name):
+    kind = type("Own", (keras.Model,), {name: lambda self, data: {}})
+    base = network(4)
+    model = kind(base.inputs, base.outputs)
+    with pytest.raises(ValueError, match=rf"Received: a Own that overrides {name}\."):
+        TrainingLoop(model, "sgd", "mse")
+    assert getattr(model, "optimizer", None) is None
 
 
 def test_a_model_may_add_all_its_losses_itself():

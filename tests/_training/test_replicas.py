@@ -26,6 +26,7 @@ def test_synchronized_replicas_match_one_device_training_on_whole_batches(traine
     alone, together = under(trained, scenario, "alone"), under(trained, scenario, "together")
     assert alone.keys() == together.keys()
     assert len(under(alone, "weight")) > 3
+    assert alone["updates"] > 1
     far = {
         name: off
         for name, value in together.items()
@@ -64,6 +65,12 @@ def test_unsynchronized_layers_have_equal_statistics_on_all_replicas_after_every
 
 def test_a_step_takes_one_all_reduce_for_gradients_and_one_for_statistics(trained):
     assert trained["unsynchronized/collectives"] == 2
+
+
+def test_replicas_raise_about_statistics_that_no_step_updates_and_about_no_others(trained):
+    assert "1 of 2 layers" in str(trained["watched/error"])
+    assert "Received: 'forgotten', after 1 step." in str(trained["watched/error"])
+    np.testing.assert_array_equal(trained["watched/mean"], [2, 4])
 
 
 def test_gradients_are_right_even_if_the_optimizer_sums_them_again(trained):

@@ -90,6 +90,85 @@ def two_headed() -> Any:
     )
 
 
+def with_scalar_losses() -> dict[str, Any]:
+    """Losses that are means already, beside one that Keras averages."""
+    import keras
+
+    class Scalar(keras.losses.Loss):
+        def call(self, y: Any, y_pred: Any) -> Any:
+            return keras.ops.mean(keras.ops.abs(y - y_pred))
+
+    return {
+        "optimizer": "sgd",
+        "loss": {"a": lambda y, p: keras.ops.mean((y - p) ** 2), "b": Scalar(), "c": "mae"},
+        "loss_weights": {"a": 0.5, "b": 0.25, "c": 2.0},
+    }
+
+
+def three_headed() -> Any:
+    import keras
+
+    inputs = keras.Input((4,))
+    return keras.Model(inputs, {name: keras.layers.Dense(1, name=name)(inputs) for name in "abc"})
+
+
+def of_three_heads(number: int) -> tuple[np.ndarray, dict]:
+    rng = np.random.default_rng(number)
+    x = rng.normal(2, 3, (number, 4)).astype("float32")
+    return x, {name: rng.normal(0, 1, (number, 1)).astype("float32") for name in "abc"}
+
+
+def computing_its_loss() -> Any:
+    """A model whose own `compute_loss` adds a scalar to Keras's loss, and tracks it."""
+    import keras
+
+    class Model(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = keras.layers.Dense(3, kernel_regularizer="l2")
+            self.tracker = keras.metrics.Mean(name="extra")
+
+        def call(self, x: Any) -> Any:
+            return self.dense(x)
+
+        def compute_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> Any:
+            extra = keras.ops.mean(y_pred**2)
+            self.tracker.update_state(extra)
+            return super().compute_loss(x, y, y_pred, sample_weight) + extra
+
+        def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> Any:
+            logs = super().compute_metrics(x, y, y_pred, sample_weight)
+            return logs | {"largest": keras.ops.mean(keras.ops.max(y_pred, axis=-1))}
+
+    return Model()
+
+
+def adding_losses() -> Any:
+    """A model that adds all its losses itself, before and after layers that all-reduce."""
+    import keras
+
+    import tfbn
+
+    @keras.saving.register_keras_serializable(package="test")
+    class Add(keras.layers.Layer):
+        def call(self, x: Any) -> Any:
+            self.add_loss(keras.ops.mean((x - 1) ** 2))
+            return x
+
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(5, activity_regularizer="l2", kernel_regularizer="l2"),
+            Add(),
+            tfbn.BatchNormalization(synchronized=True),
+            layers.Dense(3, activity_regularizer="l1"),
+            tfbn.BatchNormalization(synchronized=True, gamma_regularizer="l1"),
+            Add(),
+        ]
+    )
+
+
 def labelled(number: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(number)
     return rng.normal(2, 3, (number, 4)).astype("float32"), rng.integers(0, 3, number)
@@ -153,6 +232,12 @@ def scaled() -> dict[str, Any]:
     return classification(optimizer=optimizer)
 
 
+def keras_sgd(rate: float) -> Any:
+    import keras
+
+    return keras.optimizers.SGD(rate)
+
+
 def regression(**kwargs: Any) -> dict[str, Any]:
     import keras
 
@@ -181,6 +266,14 @@ SCENARIOS = [
         lambda: labelled(77),
         lambda: classification(accumulation_steps=3),
         {"class_weight": {0: 0.5, 2: 3.0}},
+    ),
+    Scenario("scalar losses", three_headed, lambda: of_three_heads(33), with_scalar_losses),
+    Scenario("own loss", computing_its_loss, lambda: labelled(33), classification),
+    Scenario(
+        "added losses",
+        adding_losses,
+        lambda: labelled(33)[0],
+        lambda: {"optimizer": keras_sgd(0.05)},
     ),
     Scenario("overflowing", halves, overflowing, scaled, {"shuffle": False}),
 ]
@@ -402,12 +495,43 @@ def refused(strategies: dict[int, Any]) -> Observed:
     return {name: np.array(message(**arguments)) for name, arguments in cases.items()}
 
 
+def watched(strategies: dict[int, Any]) -> Observed:
+    """Trains a layer whose statistics are right already, and one that is never told that it trains."""
+    import keras
+
+    import tfbn
+
+    class Model(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.right = tfbn.BatchNormalization(name="right", synchronized=True)
+            self.forgotten = tfbn.BatchNormalization(name="forgotten")
+
+        def call(self, x: Any, training: bool = False) -> Any:
+            return self.forgotten(self.right(x, training=training), training=False)
+
+    x = np.float32([[1, 2], [3, 6]] * 4)
+    with strategies[2].scope():
+        model = Model()
+        model.right.build((None, 2))
+        model.forgotten.build((None, 2))
+        model.right.moving_mean.assign([2, 4])
+        model.right.moving_variance.assign([1, 4])
+        loop = tfbn.TrainingLoop(model, "sgd", "mse", strategy=strategies[2])
+    try:
+        loop.fit(x, x, verbose=0)
+    except tfbn.StatisticsNotUpdatedError as error:
+        return {"error": np.array(str(error)), "mean": model.right.moving_mean.numpy()}
+    return {}
+
+
 EXPERIMENTS: dict[str, Callable[[dict[int, Any]], Observed]] = {
     "one replica": one_replica,
     "unsynchronized": unsynchronized,
     "interrupted": interrupted,
     "refused": refused,
     "summed again": summed_again,
+    "watched": watched,
 }
 
 

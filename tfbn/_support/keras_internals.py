@@ -5,7 +5,10 @@ Each function falls back on public behaviour when the private name is gone, and
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import functools
+import importlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -105,3 +108,85 @@ def gradients_summed(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
         yield
     finally:
         delattr(optimizer, _SUM_GRADIENTS)
+
+
+# Keras's functions that multiply and divide losses by the number of replicas, and where they live.
+_LOSSES = "keras.src.losses.loss"
+_SCALINGS = ("scale_loss_for_distribution", "unscale_loss_for_distribution")
+_this_thread = threading.local()
+
+
+@contextlib.contextmanager
+def losses_unscaled() -> Iterator[bool]:
+    """While open, Keras does not divide the losses that this thread computes by the number of replicas.
+
+    It divides the mean of a loss that has a value per example, and what layers add; it does not divide a loss
+    that is a scalar already. So a sum of losses holds both kinds, and nothing public tells them apart.
+
+    Yields:
+        Whether it can. Without the private functions Keras keeps dividing.
+    """
+    if not _scaling_is_ours():
+        yield False
+        return
+    before = getattr(_this_thread, "losses_unscaled", False)
+    _this_thread.losses_unscaled = True
+    try:
+        yield True
+    finally:
+        _this_thread.losses_unscaled = before
+
+
+@functools.cache
+def _scaling_is_ours() -> bool:
+    """Replaces Keras's functions, once, by functions that ask `losses_unscaled` first."""
+    try:
+        module = importlib.import_module(_LOSSES)
+        functions = [getattr(module, name) for name in _SCALINGS]
+    except (ImportError, AttributeError):
+        return False
+    for name, function in zip(_SCALINGS, functions, strict=True):
+        setattr(module, name, _unless_unscaled(function))
+    return True
+
+
+def _unless_unscaled(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(function)
+    def scale(value: Any) -> Any:
+        return value if getattr(_this_thread, "losses_unscaled", False) else function(value)
+
+    return scale
+
+
+class _ThreadLocalLosses(threading.local):
+    """As much of a list as Keras needs for the losses of a layer, with other items on each thread."""
+
+    def __init__(self) -> None:
+        self._losses: list[Any] = []
+
+    def extend(self, losses: Iterable[Any]) -> None:
+        self._losses.extend(losses)
+
+    def clear(self) -> None:
+        self._losses.clear()
+
+    def __getitem__(self, index: slice) -> list[Any]:
+        return self._losses[index]
+
+
+@contextlib.contextmanager
+def losses_kept_per_replica(layers: Iterable[keras.layers.Layer]) -> Iterator[None]:
+    """While open, each replica of a MirroredStrategy has its own list of the losses that a layer adds.
+
+    Keras keeps one list per layer. The replicas are threads that take turns at every all-reduce, so a model
+    that reduces in its forward pass would clear or double the losses that it added before. Without the private
+    attribute this does nothing.
+    """
+    before = [(layer, vars(layer)["_losses"]) for layer in layers if "_losses" in vars(layer)]
+    try:
+        for layer, _ in before:
+            vars(layer)["_losses"] = _ThreadLocalLosses()
+        yield
+    finally:
+        for layer, losses in before:
+            vars(layer)["_losses"] = losses

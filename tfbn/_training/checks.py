@@ -10,6 +10,21 @@ from tfbn._support.optimizers import unwrap_optimizer
 from tfbn._training.stream import Stream
 
 
+def check_own_steps(model: keras.Model) -> None:
+    """Raises if the model has its own training or test step, which the loop would not call."""
+    own = [
+        name
+        for name in ("train_step", "test_step")
+        if getattr(getattr(model, name), "__func__", None) is not getattr(keras.Model, name)
+    ]
+    if own:
+        raise ValueError(
+            "TrainingLoop has steps of its own and would not call the model's. Move what differs to "
+            "`compute_loss`, `compute_metrics` or `call`, or train with `model.fit`. "
+            f"Received: a {type(model).__name__} that overrides {' and '.join(own)}."
+        )
+
+
 def check_batch_size(batch_size: int | None, *streams: Stream | None) -> None:
     if batch_size is not None and not any(
         s is not None and isinstance(s.source, ArraySource) for s in streams

@@ -53,18 +53,18 @@ class Epochs:
         while progress.epoch < run.epochs and not self._model.stop_training:
             first_batch = progress.batches
             if first_batch == 0:
-                self._model.reset_metrics()
+                self._steps.reset_metrics()
             hooks.on_epoch_begin(progress.epoch)
             # A callback may have frozen a layer, which takes another trace.
             self._steps.prepare(run.train.spec, run.class_weight)
-            self._train_epoch(run)
+            last_batch = self._train_epoch(run)
             ran_out = not self._model.stop_training and progress.batches < (run.train.steps or 1)
             if ran_out:
                 _warn_that_data_ran_out(run)
                 if progress.batches == 0:
                     break
-            if watch is not None and progress.batches > first_batch:
-                watch.check(progress.batches - first_batch)
+            if watch is not None and last_batch is not None:
+                self._check_statistics(watch, progress.batches - first_batch, last_batch, run)
                 watch = None
             logs = as_numbers(self._steps.results())
             if run.validation is not None and (progress.epoch + 1) % run.validation_freq == 0:
@@ -85,7 +85,7 @@ class Epochs:
     def evaluate(self, stream: Stream, hooks: keras.callbacks.CallbackList) -> dict[str, float]:
         """Evaluates one epoch and returns its metrics."""
         report_batches = self._any_reads_logs(hooks, "on_test_batch_end")
-        self._model.reset_metrics()
+        self._steps.reset_metrics()
         self._model.stop_evaluating = False
         hooks.on_test_begin()
         for step, batch in enumerate(stream.epoch()):
@@ -99,9 +99,10 @@ class Epochs:
         hooks.on_test_end(results)
         return results
 
-    def _train_epoch(self, run: Run) -> None:
-        """Trains on the rest of the epoch."""
+    def _train_epoch(self, run: Run) -> Any:
+        """Trains on the rest of the epoch and returns its last batch."""
         progress, hooks = run.progress, run.hooks
+        batch = None
         report_batches = self._any_reads_logs(hooks, "on_train_batch_end", "on_batch_end")
         for batch in run.train.epoch(progress.batches):
             hooks.on_train_batch_begin(progress.batches)
@@ -116,6 +117,16 @@ class Epochs:
                 break
         if not self._is_update_complete(progress):
             self._steps.update()
+        return batch
+
+    def _check_statistics(self, watch: StatisticsWatch, steps: int, batch: Any, run: Run) -> None:
+        if not self._workers.any(watch.is_suspicious):
+            return
+        try:
+            healthy = self._steps.run_once(watch.probe, batch, run.train.spec)
+        except Exception:  # A model that cannot be probed is judged by its unchanged statistics.
+            healthy = {}
+        watch.check(steps, healthy)
 
     def _back_up_after_batch(self, run: Run) -> None:
         if run.backup is None or not run.backup.is_due_after_batch():

@@ -13,7 +13,7 @@ from tfbn._support.checks import check_count
 from tfbn._support.keras_internals import take_restored_epoch
 from tfbn._training.backup import Progress
 from tfbn._training.callbacks import Callback, split_backup
-from tfbn._training.checks import check_batch_size, check_mean_loss
+from tfbn._training.checks import check_batch_size, check_mean_loss, check_own_steps
 from tfbn._training.epochs import Epochs, Run
 from tfbn._training.step import Steps
 from tfbn._training.strategy import check_scope, check_strategy, scope_of
@@ -85,6 +85,7 @@ class TrainingLoop:
                 "TrainingLoop trains a keras.Model: Functional, Sequential or subclassed. "
                 f"Received: model={model!r} of type {type(model).__name__}."
             )
+        check_own_steps(model)
         check_count("accumulation_steps", accumulation_steps)
         check_strategy(strategy)
         with scope_of(strategy):
@@ -101,12 +102,15 @@ class TrainingLoop:
         with scope_of(strategy):
             # Keras sets the optimizer before it checks the rest. If it refuses something, it should do so here.
             keras.Sequential().compile("sgd", **settings)
+            own_metrics = model.metrics
             model.compile(optimizer, **settings)
+        # A model may have a metric of its own that is named "loss".
+        created = (m for m in model.metrics if m.name == "loss" and m not in own_metrics)
         self.model = model
         self.accumulation_steps = accumulation_steps
         self.optimizer = model.optimizer  # Keras wraps it in half precision.
         self._workers = Workers(strategy)
-        self._steps = Steps(model, accumulation_steps > 1, strategy)
+        self._steps = Steps(model, next(created, None), accumulation_steps > 1, strategy)
         self._epochs = Epochs(model, self._steps, self._workers, accumulation_steps)
 
     def fit(

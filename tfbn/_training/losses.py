@@ -1,5 +1,6 @@
-"""The loss of a batch, of which each replica computes its share."""
+"""The loss of a batch, and each replica's share of it."""
 
+import inspect
 from typing import Any
 
 import keras
@@ -7,7 +8,7 @@ import tensorflow as tf
 
 from tfbn._data import sharding
 from tfbn._moments import replicas
-from tfbn._support.keras_internals import mask_of
+from tfbn._support.keras_internals import losses_unscaled, mask_of
 
 
 def batch_loss(
@@ -21,6 +22,9 @@ def batch_loss(
 ) -> tf.Tensor:
     """Returns the mean loss of the batch or, on several replicas, this replica's share of it.
 
+    Each replica computes its loss as if it were alone: all of it (losses that Keras averages, scalar losses,
+    what layers add, penalties on weights) counts as a mean over the shard.
+
     Args:
         model: The model, compiled.
         x: The inputs of this replica.
@@ -30,24 +34,35 @@ def batch_loss(
         batch: The batch of all replicas.
         training: Whether the loss is for training.
     """
-    shared = replicas.num_replicas() > 1
-    before = [(v, tf.convert_to_tensor(v)) for v in model.metrics_variables if shared]
-    loss = model.compute_loss(
-        x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
-    )
-    if not shared:
-        return loss
+    if replicas.num_replicas() == 1:
+        return compute_loss(model, x, y, y_pred, sample_weight, training)
+    before = [(v, tf.convert_to_tensor(v)) for v in model.metrics_variables]
+    with losses_unscaled() as unscaled:
+        loss = compute_loss(model, x, y, y_pred, sample_weight, training)
+    if not unscaled:
+        loss *= replicas.num_replicas()
     local, everywhere = count_values(y_pred, x, batch)
     # Keras tracks the loss of each output, once per batch: a replica adds its share there too.
     for variable, value in before:
         if value.dtype.is_floating:
             added = tf.convert_to_tensor(variable) - value
-            variable.assign(value + _share(added, local, everywhere))
-    return _share(loss * replicas.num_replicas(), local, everywhere)
+            variable.assign(value + share_of(added, local, everywhere))
+    return share_of(loss, local, everywhere)
 
 
-def track_loss(model: keras.Model, loss: tf.Tensor, x: Any, batch: Any) -> None:
-    """Updates the metric that Keras's `compile` makes for the loss: its mean over all examples."""
+def compute_loss(
+    model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any, training: bool
+) -> tf.Tensor:
+    """Calls the model's `compute_loss`, which need not have a `training` argument if it is the user's own."""
+    arguments = inspect.signature(model.compute_loss).parameters
+    mode = {"training": training} if "training" in arguments else {}
+    return model.compute_loss(x, y, y_pred, sample_weight, **mode)
+
+
+def track_loss(tracker: keras.metrics.Metric | None, loss: tf.Tensor, x: Any, batch: Any) -> None:
+    """Updates the metric that Keras's `compile` creates for the loss, its mean over all examples."""
+    if tracker is None:
+        return
     size = sharding.batch_size(x)
     if replicas.num_replicas() > 1:
         # The metric multiplies by the size of the shard. The shares are to add up to the loss of the batch
@@ -56,9 +71,7 @@ def track_loss(model: keras.Model, loss: tf.Tensor, x: Any, batch: Any) -> None:
             tf.cast(sharding.batch_size(batch), loss.dtype), tf.cast(size, loss.dtype)
         )
         loss *= repeats
-    for metric in model.metrics:
-        if metric.name == "loss":
-            metric.update_state(loss, sample_weight=size)
+    tracker.update_state(loss, sample_weight=size)
 
 
 def count_values(y_pred: Any, x: Any, batch: Any) -> tuple[tf.Tensor, tf.Tensor]:
@@ -82,7 +95,7 @@ def count_values(y_pred: Any, x: Any, batch: Any) -> tuple[tf.Tensor, tf.Tensor]
     return kept, replicas.all_reduce_sum([kept])[0]
 
 
-def _share(mean: tf.Tensor, local: tf.Tensor, everywhere: tf.Tensor) -> tf.Tensor:
+def share_of(mean: tf.Tensor, local: tf.Tensor, everywhere: tf.Tensor) -> tf.Tensor:
     r"""Weights a mean over this replica's values, so that the sum over replicas is the mean over all values.
 
     .. math:: \ell = \sum_r \frac{n_r}{n} \ell_r

@@ -10,16 +10,22 @@ import tensorflow as tf
 
 from tfbn._data import sharding
 from tfbn._layer import collect_moments
-from tfbn._models.walk import BatchNormLayer, batch_norm_layers
+from tfbn._models.walk import BatchNormLayer, batch_norm_layers, walk
 from tfbn._moments import replicas
 from tfbn._moments.moments import Moments
-from tfbn._support.keras_internals import gradients_summed
+from tfbn._support.keras_internals import gradients_summed, losses_kept_per_replica
 from tfbn._support.optimizers import unwrap_optimizer
 from tfbn._training.accumulate import Accumulator
 from tfbn._training.class_weights import class_weights
 from tfbn._training.gradients import apply_gradients, sum_over_replicas
 from tfbn._training.guard import learns_statistics
-from tfbn._training.losses import batch_loss, count_values, track_loss
+from tfbn._training.losses import (
+    batch_loss,
+    compute_loss,
+    count_values,
+    share_of,
+    track_loss,
+)
 from tfbn._training.statistics import update_statistics
 from tfbn._training.strategy import scope_of
 
@@ -34,14 +40,20 @@ class Steps:
 
     Args:
         model: A model that Keras's `compile` has prepared.
+        loss_tracker: The metric that `compile` created for the loss, unless the model has other metrics.
         accumulate: Whether `train` only collects, and `update` updates.
-        strategy: The strategy that the model was made under, or `None`.
+        strategy: The strategy that the model was created under, or `None`.
     """
 
     def __init__(
-        self, model: keras.Model, accumulate: bool, strategy: tf.distribute.Strategy | None = None
+        self,
+        model: keras.Model,
+        loss_tracker: keras.metrics.Metric | None,
+        accumulate: bool,
+        strategy: tf.distribute.Strategy | None,
     ):
         self._model = model
+        self._loss_tracker = loss_tracker
         self._accumulate = accumulate
         self._strategy = strategy
         self._accumulator: Accumulator | None = None
@@ -102,6 +114,11 @@ class Steps:
         if self._accumulator is not None:
             self._accumulator.clear()
 
+    def reset_metrics(self) -> None:
+        """Starts the metrics from nothing."""
+        self._model.reset_metrics()
+        self._logs = {}
+
     def train(self, batch: Any, spec: Any) -> None:
         """Trains on one batch."""
         self._logs = self._function(self._train, spec)(batch)
@@ -114,15 +131,32 @@ class Steps:
         """Evaluates one batch."""
         self._logs = self._function(self._test, spec)(batch)
 
+    def run_once(self, function: Callable[[Any], Logs], batch: Any, spec: Any) -> Logs:
+        """Runs a function of the inputs on this batch, on each replica, and returns what the first returns."""
+
+        def run(batch: Any) -> Logs:
+            return function(_unpack(sharding.local_shard(batch))[0])
+
+        with scope_of(self._strategy):
+            return tf.function(self._on_replicas(run), input_signature=[spec], autograph=False)(
+                batch
+            )
+
     def logs(self) -> Logs:
         """Returns the metrics after the last batch, over all replicas."""
         return self._logs if self._strategy is None else self.results()
 
     def results(self) -> Logs:
-        """Returns the metrics over all batches and replicas."""
+        """Returns the metrics over all batches and replicas.
+
+        If the model's own `compute_metrics` returns other names, so does this, with the values of the last
+        batch, as `keras.Model.fit` does.
+        """
         if self._strategy is None:
-            return self._model.get_metrics_result()
-        return self._function(self._results, ())()
+            metrics = self._model.get_metrics_result()
+            return self._logs if self._logs and self._logs.keys() != metrics.keys() else metrics
+        metrics = self._function(self._results, ())()
+        return {name: metrics.get(name, value) for name, value in (self._logs or metrics).items()}
 
     def _train(self, batch: Any) -> Logs:
         model, optimizer = self._model, self._model.optimizer
@@ -146,8 +180,8 @@ class Steps:
         else:
             _, weight = count_values(y_pred, x, batch)
             self._accumulator.add(weight, gradients, collected)
-        track_loss(model, loss, x, batch)
-        return model.compute_metrics(x, y, y_pred, sample_weight)
+        track_loss(self._loss_tracker, loss, x, batch)
+        return self._update_metrics(x, y, y_pred, sample_weight, batch)
 
     def _collecting_moments(
         self, collected: list[tuple[BatchNormLayer, Moments]]
@@ -171,8 +205,21 @@ class Steps:
         x, y, sample_weight = _unpack(sharding.local_shard(batch))
         y_pred = model(x, training=False)
         loss = batch_loss(model, x, y, y_pred, sample_weight, batch, training=False)
-        track_loss(model, loss, x, batch)
-        return model.compute_metrics(x, y, y_pred, sample_weight)
+        track_loss(self._loss_tracker, loss, x, batch)
+        return self._update_metrics(x, y, y_pred, sample_weight, batch)
+
+    def _update_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any, batch: Any) -> Logs:
+        """Updates the metrics and returns them, and what the model's own `compute_metrics` adds to them."""
+        logs = self._model.compute_metrics(x, y, y_pred, sample_weight)
+        if replicas.num_replicas() == 1:
+            return logs
+        local, everywhere = count_values(y_pred, x, batch)
+        added = logs.keys() - self._model.get_metrics_result().keys()
+        shares = [
+            share_of(tf.cast(logs[name], tf.float32), local, everywhere) for name in sorted(added)
+        ]
+        means = replicas.all_reduce_sum(shares) if added else ()
+        return logs | dict(zip(sorted(added), means, strict=True))
 
     def _results(self) -> Logs:
         return self._model.get_metrics_result()
@@ -180,10 +227,11 @@ class Steps:
     def _dry_run(self, batch: Any) -> None:
         """Runs everything that creates variables in a step, and changes none of them."""
         x, y, sample_weight = _unpack(batch)
-        with keras.StatelessScope():
+        with keras.StatelessScope(collect_losses=True) as forward:
             y_pred = self._model(x, training=False)
-        with keras.StatelessScope([(v, v) for v in self._model.variables]):
-            self._model.compute_loss(x, y, y_pred, sample_weight)
+        with keras.StatelessScope([(v, v) for v in self._model.variables], True) as scope:
+            scope.losses.extend(forward.losses)
+            compute_loss(self._model, x, y, y_pred, sample_weight, training=False)
             self._model.compute_metrics(x, y, y_pred, sample_weight)
 
     def _function(self, step: Callable[..., Any], spec: Any) -> Callable[..., Any]:
@@ -195,7 +243,11 @@ class Steps:
         compiled = tf.function(
             self._on_replicas(step), jit_compile=self._model.jit_compile, autograph=False
         )
-        with scope_of(self._strategy), gradients_summed(unwrap_optimizer(self._model.optimizer)):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(scope_of(self._strategy))
+            stack.enter_context(gradients_summed(unwrap_optimizer(self._model.optimizer)))
+            if self._strategy is not None and self._strategy.num_replicas_in_sync > 1:
+                stack.enter_context(losses_kept_per_replica(walk(self._model)))
             # The concrete function is called directly: tf.function's dispatch would look at every tensor of
             # every batch, and costs more than everything else that Python does for a batch.
             function = compiled.get_concrete_function(*(() if spec == () else (spec,)))
@@ -207,8 +259,12 @@ class Steps:
         if strategy is None or step == self._results:
             return step
 
-        def on_replicas(*batch: Any) -> None:
-            strategy.run(step, batch)  # The results are those of single replicas: not returned.
+        def on_replicas(*batch: Any) -> Any:
+            logs = strategy.run(step, batch)
+            return {
+                name: strategy.experimental_local_results(value)[0]
+                for name, value in (logs or {}).items()
+            }
 
         return on_replicas
 
