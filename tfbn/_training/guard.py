@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn._models.intercept import calls_replaced, isolated_tracing
+from tfbn._models.intercept import intercept_calls, isolated_tracing
 from tfbn._models.walk import BatchNormLayer, batch_norm_layers, statistics_are_frozen
 
 
@@ -49,20 +49,16 @@ class StatisticsWatch:
         """
         called: set[BatchNormLayer] = set()
 
-        def recorded(layer: BatchNormLayer) -> Callable[..., Any]:
-            call = layer.call
-
-            def call_and_record(*args: Any, **kwargs: Any) -> Any:
-                called.add(layer)
-                return call(*args, **kwargs)
-
-            return call_and_record
+        def record(
+            layer: BatchNormLayer, call: Callable[..., Any], *args: Any, **kwargs: Any
+        ) -> Any:
+            called.add(layer)
+            return call(*args, **kwargs)
 
         statistics = [variable for layer in self._layers for variable in _variables(layer)]
         displaced = [v + (1 + tf.abs(v)) for v in map(tf.convert_to_tensor, statistics)]
         pairs = list(zip(statistics, displaced, strict=True))
-        replacements = [(layer, recorded(layer)) for layer in self._layers]
-        with isolated_tracing(), calls_replaced(replacements):
+        with isolated_tracing(), intercept_calls(self._layers, record):
             with keras.StatelessScope():
                 self._model(x, training=False)
             with keras.StatelessScope(pairs) as scope:
