@@ -13,27 +13,42 @@ from unittest import mock
 import tensorflow as tf
 
 import tfbn
-from tfbn._normalize import dispatch, formula
-
-COMPILED = {
-    name: tf.function(getattr(formula, name), jit_compile=True, autograph=False)
-    for name in ("forward", "backward")
-}
+from tfbn._normalize import dispatch, formula, reshape
+from tfbn._normalize.by_hand import trained_by
+from tfbn._normalize.kernel import Normalization
 
 
-class Formula(tfbn.BatchNormalization):
+class CompiledFormula(formula.Formula):
+    """The formula, each pass compiled by XLA on its own."""
+
+    def forward(self, *inputs: Any) -> Any:
+        return tf.function(super().forward, jit_compile=True, autograph=False)(*inputs)
+
+    def backward(self, *inputs: Any) -> Any:
+        return tf.function(super().backward, jit_compile=True, autograph=False)(*inputs)
+
+
+class _Chosen(tfbn.BatchNormalization):
+    kernel: Any
+
+    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        def by_kernel(x: tf.Tensor, over: Normalization) -> Any:
+            return reshape.merged(x, over), trained_by(self.kernel)
+
+        def by_formula(x: tf.Tensor, over: Normalization) -> Any:
+            return reshape.unchanged(over), formula.infer
+
+        with mock.patch.multiple(dispatch, _training=by_kernel, _inference=by_formula):
+            return super().call(inputs, training=training, mask=mask)
+
+
+class Formula(_Chosen):
     """By ordinary operations, with a gradient written by hand."""
 
-    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
-        never = mock.Mock(return_value=False)
-        choices = ("_fused_is_best", "_fused_is_best_transposed", "_is_joined_to_convolution")
-        with mock.patch.multiple(dispatch, **dict.fromkeys(choices, never)):
-            return super().call(inputs, training=training, mask=mask)
+    kernel = formula.Formula
 
 
-class Compiled(Formula):
-    """By the same operations, each pass compiled by XLA on its own, also where the graph around it is not."""
+class Compiled(_Chosen):
+    """By the same operations, each pass compiled by XLA, also where the graph around it is not."""
 
-    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
-        with mock.patch.multiple(formula, **COMPILED):
-            return super().call(inputs, training=training, mask=mask)
+    kernel = CompiledFormula

@@ -104,7 +104,16 @@ def test_cumulative_average_adds_only_the_count_of_updates():
     layer = trained(momentum=None)
     names = [w.name for w in layer.weights]
     assert names == ["gamma", "beta", "moving_mean", "moving_variance", "update_count"]
-    assert weights(layer)["update_count"] == 1
+    np.testing.assert_array_equal(weights(layer)["update_count"], [1, 1, 1])
+
+
+def test_a_file_of_version_0_1_loads_whose_update_count_was_one_number():
+    layer = trained(momentum=None)
+    store = {}
+    layer.save_own_variables(store)
+    store["4"] = np.int64(7)
+    layer.load_own_variables(store)
+    np.testing.assert_array_equal(weights(layer)["update_count"], [7, 7, 7])
 
 
 def test_weights_of_a_stock_layer_fit():

@@ -120,7 +120,7 @@ def test_training_where_replicas_cannot_meet_is_refused_with_the_cure(seen, wher
     message = str(seen[f"refused/{where}"])
     assert "with the other replicas" in message
     assert "Received: a call in training mode in the graph" in message
-    assert "decorate what calls strategy.run" in message
+    assert "decorate the function that calls strategy.run" in message
     np.testing.assert_array_equal(seen["refused/moving_mean"], np.zeros(4))
 
 

@@ -16,6 +16,7 @@ from cases import LAYOUTS, Case
 from layer_runs import assert_agree, assign, expect, observe
 from tfbn._normalize import dispatch
 from tfbn._normalize.dispatch import normalize_batch
+from tfbn._normalize.kernel import Normalization
 
 ON_GPU = dispatch._on_gpu
 FUSED, FUSED_BACK = tf.raw_ops.FusedBatchNormV3, tf.raw_ops.FusedBatchNormGradV3
@@ -168,6 +169,8 @@ def test_neither_an_empty_batch_nor_one_value_is_nan(shape, axis, known):
 
 @pytest.mark.parametrize(("shape", "axis"), [((0, 4, 3), 2), ((0, 3, 4), 1), ((4, 3, 0), 1)])
 def test_the_moments_of_nothing_are_zero(shape, axis):
-    _, batch = normalize_batch(tf.zeros(shape), tf.ones(3), tf.zeros(3), axes=[axis], epsilon=1e-3)
+    _, batch = normalize_batch(
+        tf.zeros(shape), tf.ones(3), tf.zeros(3), Normalization([axis], 1e-3)
+    )
     for value in batch:
         np.testing.assert_array_equal(value, tf.zeros_like(value))

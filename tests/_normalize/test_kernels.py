@@ -11,11 +11,12 @@ import pytest
 import tensorflow as tf
 
 import tfbn
-from tfbn._normalize import fused
 from tfbn._normalize.dispatch import SMALL, normalize
+from tfbn._normalize.kernel import Normalization
 
 FUSED = {"FusedBatchNormV3": 1}
-FUSED_WITH_RETRY = {"FusedBatchNormV3": 2}  # The second one runs only where the mean dominates.
+# The others run only where rounding shows: for the moments of pieces, of a rest, and to normalize.
+FUSED_WITH_RETRY = {"FusedBatchNormV3": 4}
 FUSED_BACK = {"FusedBatchNormGradV3": 1}
 FORMULA: dict[str, int] = {}
 
@@ -53,10 +54,15 @@ def _on_the_cpu():
 IMAGES = (4, 5, 5, 3)
 
 
+def fused_in_training(shape, dtype="float32"):
+    """In half precision the mean is not checked: only a batch of unknown size may be too large."""
+    return FUSED if "16" in dtype and None not in shape else FUSED_WITH_RETRY
+
+
 @pytest.mark.parametrize("dtype", ["float32", "mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("shape", [(8, 3), (4, 6, 3), IMAGES, (2, 3, 3, 3, 3), (None, 5, 5, 3)])
 def test_channels_last_is_fused(shape, dtype):
-    assert trace(shape, True, dtype=dtype) == FUSED_WITH_RETRY
+    assert trace(shape, True, dtype=dtype) == fused_in_training(shape, dtype)
     assert trace(shape, False, dtype=dtype) == FUSED
 
 
@@ -88,7 +94,7 @@ def test_tensorflow_joins_inference_to_the_convolution_before_it(small, monkeypa
         x = tf.compat.v1.placeholder("float32", IMAGES)
         convolved = tf.nn.conv2d(x, tf.constant(kernel, tf.float32), 1, "SAME")
         weights = [tf.constant(value, tf.float32) for value in (mean, variance, gamma, beta)]
-        y = tf.nn.relu(normalize(convolved, *weights, axes=(3,), epsilon=1e-3))
+        y = tf.nn.relu(normalize(convolved, *weights, Normalization((3,), 1e-3)))
         # What TensorFlow makes of a graph is shown by its sessions alone.
         run = tf.compat.v1.RunMetadata()
         options = tf.compat.v1.RunOptions(output_partition_graphs=True)
@@ -110,7 +116,8 @@ def test_trailing_axes_are_fused():
     "case", [{"axis": 1}, {"axis": [1, 3]}, {"virtual_batch_size": 2}], ids=str
 )
 def test_channels_elsewhere_are_fused_between_transpositions(case, dtype):
-    assert trace(IMAGES, True, backward=True, dtype=dtype, **case) == FUSED_WITH_RETRY | FUSED_BACK
+    expected = fused_in_training(IMAGES, dtype) | FUSED_BACK
+    assert trace(IMAGES, True, backward=True, dtype=dtype, **case) == expected
 
 
 def test_virtual_batches_of_unknown_number_take_the_formula():
@@ -148,23 +155,6 @@ def test_xla_gets_the_formula_in_a_function_inside():
     assert fused_operations(graph) == FORMULA
 
 
-@pytest.mark.parametrize(("offset", "again"), [(0.0, 0), (1e4, 1)])
-def test_the_kernel_runs_again_only_where_the_mean_dominates(offset, again, monkeypatch):
-    """At mean 1e4 the kernel alone is off by far more than at mean 0; the retry takes it back."""
-    runs, centred = [], fused._centred
-    monkeypatch.setattr(fused, "_centred", lambda *args: runs.append(1) or centred(*args))
-    x = tf.random.normal((4096, 3), seed=1) + offset
-    layer = tfbn.BatchNormalization(epsilon=1e-6)
-    y = layer(x, training=True)
-    assert len(runs) == again
-    reference = tf.cast(x, tf.float64)
-    reference -= tf.reduce_mean(reference, 0)
-    reference /= tf.sqrt(tf.reduce_mean(reference**2, 0) + 1e-6)
-    in_graph = tf.function(lambda x: layer(x, training=True))(x)
-    for result in (y, in_graph):
-        assert float(tf.reduce_max(tf.abs(tf.cast(result, tf.float64) - reference))) < 1e-5
-
-
 @pytest.fixture
 def _the_true_line(monkeypatch):
     monkeypatch.setattr("tfbn._normalize.dispatch.SMALL", SMALL)
@@ -187,7 +177,9 @@ def _the_true_line(monkeypatch):
 def test_small_tensors_in_a_graph_take_the_formula(shape, dtype, small):
     expected = FORMULA if small else FUSED
     assert trace(shape, False, dtype=dtype) == expected
-    assert trace(shape, True, dtype=dtype) == (FORMULA if small else FUSED_WITH_RETRY)
+    assert trace(shape, True, dtype=dtype) == (
+        FORMULA if small else fused_in_training(shape, dtype)
+    )
 
 
 @pytest.mark.usefixtures("_the_true_line")

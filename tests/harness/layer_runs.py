@@ -115,7 +115,7 @@ def expect(case: Case, batches: list[Batch], count_epsilon: float = 0.0) -> dict
         for phase, result in passes.items():
             seen |= {f"{i}/{phase}/{name}": value for name, value in vars(result).items()}
         seen |= {f"{i}/{name}": value for name, value in oracle.state.items()}
-        seen[f"{i}/update_count"] = np.array(float(oracle.updates))
+        seen[f"{i}/update_count"] = oracle.updates
     return seen
 
 

@@ -63,8 +63,8 @@ class BatchNorm:
         self.clipping = renorm_clipping or {}
         self.renorm_momentum = renorm_momentum
         self.count_epsilon = count_epsilon
-        self.updates = 0
         channels = [shape[a] for a in self.axes]
+        self.updates = np.zeros(channels)  # type: ignore[arg-type]
         zeros, ones = np.zeros(channels), np.ones(channels)  # type: ignore[arg-type]
         self.state = {"gamma": ones, "beta": zeros, "moving_mean": zeros, "moving_variance": ones}
         if renorm:
@@ -159,7 +159,7 @@ class BatchNorm:
         mean, variance = mean.reshape(shape), variance.reshape(shape)
         stddev = np.sqrt(variance + self.epsilon)
         keep = self.updates / (self.updates + 1) if self.momentum is None else self.momentum
-        self.updates += 1
+        self.updates = self.updates + any_value
 
         def step(name: str, new: np.ndarray, keep: float) -> None:
             old = self.state[name]

@@ -1,57 +1,62 @@
-"""The Keras layer: weights, config, dtypes, the training flag, and what happens to the moving statistics."""
+"""The Keras layer: weights, config, dtypes, the training flag, and what updates the moving statistics."""
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfbn._layer import arguments, collect_moments, moving_average, renorm, virtual_batches
 from tfbn._moments import replicas
 from tfbn._moments.moments import Moments, statistics_dtype
 from tfbn._normalize.dispatch import normalize, normalize_batch
+from tfbn._normalize.kernel import Normalization
+from tfbn._support.keras_internals import added_losses_kept, is_recomputing
 
 
 @keras.saving.register_keras_serializable(package="tfbn")
 class BatchNormalization(keras.layers.Layer):
-    r"""Batch normalization, a drop-in for ``keras.layers.BatchNormalization``.
+    r"""Normalizes its inputs per channel: a drop-in for `keras.layers.BatchNormalization`.
 
-    In training, for each channel over the positions :math:`i` of this batch,
+    In training mode, for each channel over the m positions :math:`i` of the batch,
 
     .. math:: \mu = \frac1m \sum_i x_i, \quad \sigma^2 = \frac1m \sum_i (x_i - \mu)^2, \quad
               y_i = \gamma \frac{x_i - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
-    and the moving statistics follow, both with the *biased* variance as above, as in Keras:
-    ``moving = moving * momentum + batch * (1 - momentum)``. In inference, and wherever
-    ``layer.trainable`` is False, :math:`\mu` and :math:`\sigma^2` are the moving statistics, so
-    that an output depends on its own example alone.
+    and the moving statistics are updated, both with the *biased* variance as above, as in Keras:
+    ``moving = moving * momentum + batch * (1 - momentum)``. In inference mode, and always if
+    ``layer.trainable`` is False, the layer normalizes by the moving statistics, so that an output depends on
+    its own example alone.
 
-    A batch without any value that counts (empty, fully masked), or whose statistics are not finite,
-    leaves the moving statistics as they were.
+    A batch whose statistics are not finite, or that has no values (empty, fully masked), leaves the moving
+    statistics unchanged. A recomputed forward pass (`keras.remat`, `tf.recompute_grad`) does not update them
+    again.
 
-    Under a ``tf.distribute`` strategy every replica holds the same moving statistics, to the bit, after
-    every step. By default each replica :math:`r` normalizes by its own share of the batch, and the moving
-    statistics follow the averages over replicas, :math:`\sum_r n_r \mu_r / n` and
-    :math:`\sum_r n_r \sigma_r^2 / n`: the variance *within* replicas, without the spread of their
-    means, since that is what training normalizes by and inference should expect. That is one
-    all-reduce a call. With ``synchronized=True`` the batch is that of all replicas together: forward one
-    all-reduce of count, mean and variance (two on more than 16 replicas, one more with ``renorm``), merged by
-    the formula of Chan, Golub and LeVeque, and backward one of the two sums of the gradient, which is that
-    of the global batch; the gradients of gamma and beta are each replica's share of it, since optimizers add
-    them up. Shares may be unequal, empty or masked. A share that is not finite moves nothing on any replica.
-    Replicas cannot meet inside of a ``tf.cond``, a loop or a ``tf.function`` within ``strategy.run``: a call
-    in training mode there raises.
+    Under a `tf.distribute` strategy every replica holds the same moving statistics, to the bit, after every
+    step. By default each replica :math:`r` normalizes its own share of the batch, and the moving statistics
+    are updated with the averages over replicas, :math:`\sum_r n_r \mu_r / n` and :math:`\sum_r n_r \sigma_r^2
+    / n`, in one all-reduce a call. With ``synchronized=True`` all replicas normalize by the mean and variance
+    of the global batch: one all-reduce forward (two on more than 16 replicas, one more with ``renorm``) and
+    one backward. Shares may be unequal, empty or masked.
+
+    Example:
+        >>> layer = tfbn.BatchNormalization()
+        >>> x = keras.random.normal((32, 8, 8, 16), mean=3.0)
+        >>> y = layer(x, training=True)  # mean 0 and variance 1 for each of the 16 channels
+        >>> y = layer(x)                 # by the moving statistics
 
     Args:
-        axis: The axis of the channels, or a list of axes: each combination of their indices is a
-            channel. The weights have the shape of these axes, ascending.
-        momentum: Weight of the old moving statistics, in [0, 1]. ``None`` takes the cumulative
-            average instead: the plain mean of the statistics of all batches since the layer was
-            built, counted in the weight ``update_count``.
+        axis: The axis of the channels, or a list of axes: then each combination of their indices is a
+            channel. The weights have the shape of these axes, in ascending order.
+        momentum: Weight of the old moving statistics, in [0, 1]. ``None`` gives the cumulative average
+            instead: the plain mean of the statistics of all batches since the layer was built. The weight
+            ``update_count`` counts these batches, for each channel.
         epsilon: Added to the variance; positive.
-        center: Whether there is a :math:`\beta` (else 0).
-        scale: Whether there is a :math:`\gamma` (else 1).
+        center: Whether the layer has a :math:`\beta` (else 0).
+        scale: Whether the layer has a :math:`\gamma` (else 1).
         beta_initializer: Initializer of beta.
         gamma_initializer: Initializer of gamma.
         moving_mean_initializer: Initializer of the moving mean.
@@ -60,48 +65,46 @@ class BatchNormalization(keras.layers.Layer):
         gamma_regularizer: Optional regularizer of gamma.
         beta_constraint: Optional constraint of beta.
         gamma_constraint: Optional constraint of gamma.
-        renorm: Whether to train by batch renormalization.
-        renorm_clipping: With ``renorm``: a dict with any of ``rmax``, ``rmin``, ``dmax``, the
-            limits of the corrections.
-        renorm_momentum: With ``renorm``: momentum of the statistics that the corrections pull
-            towards.
-        synchronized: Whether the replicas of a ``tf.distribute`` strategy normalize by the statistics
-            of the global batch. On one replica it makes no difference.
-        virtual_batch_size: Number of examples that are normalized together (ghost batch
-            normalization): the batch is cut into groups of this size, each with its own statistics,
-            of which the moving statistics take the average. The batch size must be a multiple of
-            it.
-        freeze_statistics: Whether the layer runs in inference mode whatever ``training`` says: the
-            moving statistics stand still and are what it normalizes by. No outer call and no outer
-            ``trainable`` overrides it. An attribute of the same name, which `tfbn.freeze` sets.
-        freeze_affine: Whether gamma and beta stay out of ``trainable_variables``, whatever any outer
-            ``trainable`` says. Likewise.
+        renorm: Whether to train with batch renormalization.
+        renorm_clipping: With ``renorm``: a dict with any of ``rmax``, ``rmin``, ``dmax``, the limits of the
+            corrections.
+        renorm_momentum: With ``renorm``: momentum of the statistics that the corrections refer to.
+        synchronized: Whether the replicas of a `tf.distribute` strategy normalize by the statistics of the
+            global batch. On one replica it makes no difference.
+        virtual_batch_size: Number of examples that are normalized together (ghost batch normalization). The
+            batch is split into groups of this size, each with its own statistics, and the moving statistics
+            are updated with their average. The batch size must be a multiple of it.
+        freeze_statistics: Whether the layer always runs in inference mode. No outer ``training`` or
+            ``trainable`` overrides it. Also an attribute, which `tfbn.freeze` sets.
+        freeze_affine: Whether gamma and beta stay out of ``trainable_variables``. No outer ``trainable``
+            overrides it. Also an attribute, which `tfbn.freeze` sets.
         **kwargs: ``name``, ``dtype``, ``trainable``, as for every Keras layer.
 
     Call arguments:
-        inputs: Floating-point tensor of rank 2 or more, batch first.
-        training: Whether to normalize by the batch and update the moving statistics: a bool, a
-            boolean tensor, or None for what the enclosing call says.
-        mask: Optional boolean tensor; only positions where it is True count in the statistics, all
-            are normalized. It broadcasts to ``inputs``; a mask of lower rank names the leading
-            axes, as Keras's (batch, time) masks do.
+        inputs: Floating-point tensor of rank 2 or more, the batch first.
+        training: Whether to normalize by the batch and update the moving statistics: a bool, a boolean
+            tensor, or None for the value of the enclosing call.
+        mask: Optional boolean tensor. Only positions where it is True count in the statistics; all positions
+            are normalized. It must broadcast to ``inputs``. A mask of lower rank refers to the leading axes,
+            as Keras's (batch, time) masks do.
 
     Input shape:
-        Any, with a known size along ``axis``. Output shape: the same.
+        Any, with a known size along ``axis``. The output has the same shape.
 
     Weights:
-        gamma, beta (trainable, where present), moving_mean, moving_variance (non-trainable), in
-        Keras's order; at least float32 under every dtype policy. ``renorm`` adds Keras's
-        moving_stddev, renorm_mean and renorm_stddev, ``momentum=None`` adds update_count.
+        gamma, beta (trainable, where present), moving_mean, moving_variance (non-trainable), in Keras's
+        order; at least float32 under every dtype policy. ``renorm`` adds Keras's moving_stddev, renorm_mean
+        and renorm_stddev; ``momentum=None`` adds update_count.
 
     Raises:
-        TypeError: For an argument of the wrong kind; integer, string, ragged or sparse inputs.
-        ValueError: For an argument out of range; contradictory arguments; an axis that the input
-            does not have, the batch axis, or an axis of unknown size; another rank or number of
-            channels than at build; a mask that does not broadcast.
-        RuntimeError: For a call in training mode where replicas cannot meet.
-        tf.errors.InvalidArgumentError: When the batch size, known only as the graph runs, is no
-            multiple of ``virtual_batch_size``.
+        TypeError: For an argument of the wrong type; for integer, string, ragged or sparse inputs.
+        ValueError: For an argument out of range; contradictory arguments; an axis that the input does not
+            have, the batch axis, or an axis of unknown size; another rank or number of channels than the
+            layer was built for; a mask that does not broadcast.
+        RuntimeError: For a call in training mode inside of a `tf.cond`, a loop or a `tf.function` within
+            ``strategy.run``: replicas cannot communicate there.
+        tf.errors.InvalidArgumentError: If the batch size is not a multiple of ``virtual_batch_size``, and
+            that shows only when the graph runs.
 
     References:
         - Chan, Golub and LeVeque, Algorithms for computing the sample variance. The American
@@ -176,14 +179,13 @@ class BatchNormalization(keras.layers.Layer):
         dtype = statistics_dtype(tf.as_dtype(self.variable_dtype)).name
 
         def add(name: str, initializer: Any, **kwargs: Any) -> keras.Variable:
+            options = {"dtype": dtype, **kwargs}
             return self.add_weight(
-                shape=shape,
-                dtype=dtype,
-                name=name,
-                initializer=initializer,
-                autocast=False,
-                **kwargs,
+                shape=shape, name=name, initializer=initializer, autocast=False, **options
             )
+
+        def add_statistic(name: str, initializer: Any, **kwargs: Any) -> keras.Variable:
+            return add(name, initializer, trainable=False, **kwargs)
 
         if self.scale:
             self.gamma = add(
@@ -199,26 +201,21 @@ class BatchNormalization(keras.layers.Layer):
                 regularizer=self.beta_regularizer,
                 constraint=self.beta_constraint,
             )
-        self.moving_mean = add("moving_mean", self.moving_mean_initializer, trainable=False)
-        self.moving_variance = add(
-            "moving_variance", self.moving_variance_initializer, trainable=False
-        )
+        self.moving_mean = add_statistic("moving_mean", self.moving_mean_initializer)
+        self.moving_variance = add_statistic("moving_variance", self.moving_variance_initializer)
         if self.renorm:
-            stddev_initializer = renorm.stddev_initializer(self.moving_variance_initializer)
-            self.moving_stddev = add("moving_stddev", stddev_initializer, trainable=False)
-            self.renorm_mean = add(
-                "renorm_mean", renorm.cloned(self.moving_mean_initializer), trainable=False
-            )
-            self.renorm_stddev = add("renorm_stddev", stddev_initializer, trainable=False)
+            stddev = renorm.stddev_initializer(self.moving_variance_initializer)
+            mean = renorm.cloned(self.moving_mean_initializer)
+            self.moving_stddev = add_statistic("moving_stddev", stddev)
+            self.renorm_mean = add_statistic("renorm_mean", mean)
+            self.renorm_stddev = add_statistic("renorm_stddev", stddev)
         if self.momentum is None:
-            self.update_count = self.add_weight(
-                shape=(), dtype="int64", name="update_count", initializer="zeros", trainable=False
-            )
+            self.update_count = add_statistic("update_count", "zeros", dtype="int64")
         self._sync_affine_trainable()
 
     @property
     def trainable(self) -> bool:
-        """Whether the layer learns, as in Keras; where it is False, the layer runs in inference mode."""
+        """Whether the layer trains. If it is False, the layer runs in inference mode, as in Keras."""
         return super().trainable
 
     @trainable.setter
@@ -228,7 +225,7 @@ class BatchNormalization(keras.layers.Layer):
 
     @property
     def freeze_affine(self) -> bool:
-        """Whether gamma and beta are kept from learning, whatever ``trainable`` is set to."""
+        """Whether gamma and beta are not trained, whatever ``trainable`` is set to."""
         return self._freeze_affine
 
     @freeze_affine.setter
@@ -262,52 +259,58 @@ class BatchNormalization(keras.layers.Layer):
         return self._train(inputs, mask) if training else self._infer(inputs)
 
     def update_statistics(self, moments: Moments) -> None:
-        """Takes one step of the moving statistics towards these moments.
+        """Updates the moving statistics with the moments of one batch.
 
-        It is what a call in training mode does with the moments of its batch. A training loop that
-        pools the moments of several batches calls it once with the result.
+        A call in training mode does so. A training loop that merges the moments of several batches calls it
+        once, with the result.
 
         Args:
-            moments: Count, mean and biased variance per channel. A channel with count 0 stays as it
-                is; and if the mean or variance of any channel that counts is not finite, nothing
-                moves at all.
+            moments: Count, mean and biased variance per channel. A channel with count 0 is not updated. If
+                the mean or variance of any channel with values is not finite, no channel is.
         """
         moments = Moments(*(tf.cast(m, self.moving_mean.dtype) for m in moments))
-        usable = moving_average.can_update(moments)
-        rate = tf.where(usable, self._batch_weight(usable), 0)
+        can_update = moving_average.can_update(moments)
+        rate = tf.where(can_update, self._batch_weight(can_update), 0)
         moving_average.update_moving_average(self.moving_mean, moments.mean, rate)
         if not self.renorm:
             moving_average.update_moving_average(self.moving_variance, moments.variance, rate)
             return
         stddev = tf.sqrt(moments.variance + self.epsilon)
-        renorm_rate = tf.where(usable, tf.constant(1 - self.renorm_momentum, rate.dtype), 0)
+        renorm_rate = tf.where(can_update, tf.constant(1 - self.renorm_momentum, rate.dtype), 0)
         moving_average.update_moving_average(self.renorm_mean, moments.mean, renorm_rate)
         moving_average.update_moving_average(self.renorm_stddev, stddev, renorm_rate)
         moving_average.update_moving_average(self.moving_stddev, stddev, rate)
-        # As Keras does: the average is taken of the standard deviation, and the variance derived
-        # from it.
+        # As in Keras: the standard deviation is averaged, and the variance derived from it.
         derived = tf.nn.relu(tf.square(self.moving_stddev) - self.epsilon)
-        self.moving_variance.assign(tf.where(usable, derived, self.moving_variance))
+        self.moving_variance.assign(tf.where(can_update, derived, self.moving_variance))
 
-    def _batch_weight(self, usable: tf.Tensor) -> tf.Tensor:
-        """How much a batch weighs against the old moving statistics."""
+    def _batch_weight(self, can_update: tf.Tensor) -> tf.Tensor:
+        """The weight of a batch against the old moving statistics."""
         if self.momentum is not None:
             return tf.constant(1 - self.momentum, self.moving_mean.dtype)
-        self.update_count.assign_add(tf.cast(tf.reduce_any(usable), self.update_count.dtype))
+        one = tf.cast(can_update, self.update_count.dtype)
+        self.update_count.assign_add(tf.broadcast_to(one, self.update_count.shape))
         return tf.math.reciprocal_no_nan(tf.cast(self.update_count, self.moving_mean.dtype))
 
     def _train(self, x: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
-        y, moments = self._by_own_statistics(x, mask)
-        self._update_or_collect(moments)
+        with self._replicas_may_meet():
+            y, moments = self._normalize_batch(x, mask)
+            self._update_or_collect(moments)
         return y
 
     def _train_where(self, training: tf.Tensor, x: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
-        """Trains or infers, as is known only when the graph runs."""
+        """Trains or infers, as the tensor says when the graph runs."""
         if replicas.num_replicas() == 1:
             return tf.cond(training, lambda: self._train(x, mask), lambda: self._infer(x))
-        # Replicas cannot meet in a branch: they meet outside, where to infer is to have counted nothing.
+        with self._replicas_may_meet():
+            return self._train_where_on_replicas(training, x, mask)
+
+    def _train_where_on_replicas(
+        self, training: tf.Tensor, x: tf.Tensor, mask: tf.Tensor | None
+    ) -> tf.Tensor:
+        # Replicas cannot communicate in a branch. They do so outside, with a count of 0 for inference.
         if self.synchronized:
-            own, moments = self._by_own_statistics(x, mask)
+            own, moments = self._normalize_batch(x, mask)
             y = tf.cond(training, lambda: own, lambda: self._infer(x))
             moments = moments._replace(count=tf.where(training, moments.count, 0))
         else:
@@ -315,7 +318,7 @@ class BatchNormalization(keras.layers.Layer):
             count = tf.zeros([], nothing.dtype) if mask is None else nothing
 
             def own() -> tuple[tf.Tensor, Moments]:
-                y, moments = self._by_own_statistics(x, mask)
+                y, moments = self._normalize_batch(x, mask)
                 # TensorFlow would differentiate what leaves a branch, and fail.
                 return y, Moments(*map(tf.stop_gradient, moments))
 
@@ -325,98 +328,63 @@ class BatchNormalization(keras.layers.Layer):
         self._update_or_collect(moments)
         return y
 
-    def _by_own_statistics(self, x: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, Moments]:
+    def _replicas_may_meet(self) -> contextlib.AbstractContextManager[None]:
+        alone = replicas.num_replicas() == 1
+        return contextlib.nullcontext() if alone else added_losses_kept(self)
+
+    def _normalize_batch(self, x: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, Moments]:
+        over = Normalization(self._axes, self.epsilon, mask, self.synchronized)
+        gamma, beta = self._affine(x)
         if self.virtual_batch_size is not None:
-            y, moments = self._by_virtual_batches(x, mask, self.virtual_batch_size)
+            y, moments = virtual_batches.normalize_groups(
+                x, gamma, beta, over, self.virtual_batch_size
+            )
         elif self.renorm:
-            y, moments = self._by_renorm(x, mask)
+            y, moments = renorm.renormalize_batch(
+                x,
+                gamma,
+                beta,
+                over,
+                renorm_mean=tf.cast(self.renorm_mean, gamma.dtype),
+                renorm_stddev=tf.cast(self.renorm_stddev, gamma.dtype),
+                clipping=self.renorm_clipping or {},
+            )
         else:
-            y, moments = self._by_batch(x, self._scale(x), self._offset(x), self._axes, mask)
+            y, moments = normalize_batch(x, gamma, beta, over)
         return tf.cast(y, self.compute_dtype), moments
 
     def _update_or_collect(self, moments: Moments) -> None:
-        """Hands the moments to who asked for them, or moves the statistics, on all replicas alike."""
+        """Updates the moving statistics, on all replicas alike, or passes the moments to a receiver."""
+        if is_recomputing():
+            return  # The first forward pass did so.
         receive = collect_moments.receiver()
         if receive is not None:
             receive(self, moments)
             return
-        if not self.synchronized:  # Else they are of the global batch already.
+        if not self.synchronized:  # Else they are those of the global batch already.
             (moments,) = replicas.all_reduce_mean([moments])
         self.update_statistics(moments)
 
     def _infer(self, x: tf.Tensor) -> tf.Tensor:
-        dtype = statistics_dtype(x.dtype)
-        y = normalize(
-            x,
-            tf.cast(self.moving_mean, dtype),
-            tf.cast(self.moving_variance, dtype),
-            self._scale(x),
-            self._offset(x),
-            axes=self._axes,
-            epsilon=self.epsilon,
-        )
-        return tf.cast(y, self.compute_dtype)
+        gamma, beta = self._affine(x)
+        mean, variance = (tf.cast(w, gamma.dtype) for w in (self.moving_mean, self.moving_variance))
+        over = Normalization(self._axes, self.epsilon)
+        return tf.cast(normalize(x, mean, variance, gamma, beta, over), self.compute_dtype)
 
-    def _by_batch(
-        self,
-        x: tf.Tensor,
-        scale: tf.Tensor,
-        offset: tf.Tensor,
-        axes: Sequence[int],
-        mask: tf.Tensor | None,
-    ) -> tuple[tf.Tensor, Moments]:
-        return normalize_batch(
-            x,
-            scale,
-            offset,
-            axes=axes,
-            epsilon=self.epsilon,
-            mask=mask,
-            synchronized=self.synchronized,
-        )
+    def _affine(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Gamma and beta in the dtype of the statistics; 1 and 0 where the layer has none."""
+        dtype, shape = statistics_dtype(x.dtype), self.moving_mean.shape
+        gamma = tf.ones(shape, dtype) if self.gamma is None else tf.cast(self.gamma, dtype)
+        beta = tf.zeros(shape, dtype) if self.beta is None else tf.cast(self.beta, dtype)
+        return gamma, beta
 
-    def _by_virtual_batches(
-        self, x: tf.Tensor, mask: tf.Tensor | None, size: int
-    ) -> tuple[tf.Tensor, Moments]:
-        groups = virtual_batches.split(x, size)
-        if mask is not None:
-            everywhere = tf.broadcast_to(mask, tf.shape(x))
-            mask = virtual_batches.split(tf.ensure_shape(everywhere, x.shape), size)
-        number = tf.shape(groups)[0]
-        y, moments = self._by_batch(
-            groups,
-            virtual_batches.repeat(self._scale(x), number),
-            virtual_batches.repeat(self._offset(x), number),
-            virtual_batches.shifted_axes(self._axes),
-            mask,
-        )
-        return virtual_batches.ungroup(y, x), virtual_batches.average(moments)
-
-    def _by_renorm(self, x: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, Moments]:
-        scale, offset = self._scale(x), self._offset(x)
-        # Once for the moments, which r and d need; then all of it at once, so that half precision rounds only once.
-        _, moments = self._by_batch(x, scale, offset, self._axes, mask)
-        r, d = renorm.corrections(
-            moments,
-            tf.cast(self.renorm_mean, scale.dtype),
-            tf.cast(self.renorm_stddev, scale.dtype),
-            self.renorm_clipping or {},
-            self.epsilon,
-        )
-        y, _ = self._by_batch(x, r * scale, d * scale + offset, self._axes, mask)
-        return y, moments
-
-    def _scale(self, x: tf.Tensor) -> tf.Tensor:
-        dtype = statistics_dtype(x.dtype)
-        if self.gamma is None:
-            return tf.ones(self.moving_mean.shape, dtype)
-        return tf.cast(self.gamma, dtype)
-
-    def _offset(self, x: tf.Tensor) -> tf.Tensor:
-        dtype = statistics_dtype(x.dtype)
-        if self.beta is None:
-            return tf.zeros(self.moving_mean.shape, dtype)
-        return tf.cast(self.beta, dtype)
+    def load_own_variables(self, store: Any) -> None:
+        """Loads the weights. Files of tfbn 0.1 have one ``update_count`` for all channels."""
+        if self.update_count is not None:
+            store = {name: store[name] for name in store.keys()}  # noqa: SIM118
+            last = str(len(store) - 1)
+            store[last] = np.broadcast_to(np.asarray(store[last]), self.update_count.shape)
+        super().load_own_variables(store)
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         arguments.resolved_axes(self.axis, input_shape)

@@ -1,4 +1,4 @@
-"""Where the moments of a training batch go: into the moving averages, or to whoever asked for them."""
+"""Collecting the moments of training batches instead of updating the moving averages with them."""
 
 import contextlib
 import threading
@@ -16,18 +16,17 @@ _local = threading.local()
 
 @contextlib.contextmanager
 def redirect(receive: Receiver) -> Iterator[None]:
-    """While open, layers that run in training mode hand their moments to ``receive(layer, moments)``.
+    """While open, layers in training mode pass their moments to ``receive(layer, moments)``.
 
-    They leave their moving statistics alone; ``layer.update_statistics`` takes the moments later.
-    It holds for the current thread and for calls and traces made inside the block; of nested ones
-    the unwrap_optimizer wins.
+    They do not update their moving statistics; ``layer.update_statistics`` does, later, with the moments. This
+    holds for the current thread, and for calls and traces inside of the block. Of nested blocks the innermost
+    wins.
 
-    A layer that runs in a graph of its own (a branch of ``tf.cond``, a loop, a recomputed block)
-    cannot let its tensors out of that graph: it updates its moving statistics at once, as it does
-    without a receiver.
+    A layer that runs in a graph of its own (a branch of `tf.cond`, a loop) cannot pass its tensors out of that
+    graph. It updates its moving statistics at once, as without a receiver.
 
-    On many replicas the moments are those of this one, and those of the global batch where
-    ``layer.synchronized``: who receives them pools the former, with `_replicas.pooled`.
+    Under a `tf.distribute` strategy the moments are those of this replica, and those of the global batch where
+    ``layer.synchronized``. The receiver averages the former, with `replicas.all_reduce_mean`.
     """
     previous = getattr(_local, "receiver", None)
     _local.receiver = (receive, _graph())
@@ -38,7 +37,7 @@ def redirect(receive: Receiver) -> Iterator[None]:
 
 
 def receiver() -> Receiver | None:
-    """Who receives moments here, if anybody does."""
+    """The receiver that is open here, if there is one."""
     current = getattr(_local, "receiver", None)
     if current is None or current[1] is not _graph():
         return None

@@ -1,4 +1,4 @@
-"""Moving averages that nothing poisons: which moments may move them, and how they follow."""
+"""Moving averages that no batch can poison: which moments may update them, and how."""
 
 import keras
 import tensorflow as tf
@@ -7,12 +7,13 @@ from tfbn._moments.moments import Moments
 
 
 def can_update(moments: Moments) -> tf.Tensor:
-    """Where these moments may move the averages: a boolean, or one per channel if counts differ.
+    """Where these moments may update the averages: a boolean, or one per channel if counts differ.
 
-    Not where nothing was counted, and nowhere if a channel that was counted is not finite.
+    A channel without values is not updated. If the mean or variance of any channel with values is not
+    finite, no channel is updated.
     """
     count, mean, variance = moments
-    finite = tf.math.is_finite(mean + variance)  # Neither can take back what the other has lost.
+    finite = tf.math.is_finite(mean + variance)  # Neither can make up for the other.
     known = tf.get_static_value(count)
     if known is not None and (known > 0).all():
         return tf.reduce_all(finite)
@@ -21,9 +22,11 @@ def can_update(moments: Moments) -> tf.Tensor:
 
 
 def update_moving_average(variable: keras.Variable, value: tf.Tensor, rate: tf.Tensor) -> None:
-    """``variable * (1 - rate) + value * rate``: with rate 0 ``value`` may be NaN, it is not heard.
+    """Assigns ``variable * (1 - rate) + value * rate``.
 
-    In this form, unlike in ``variable - rate * (variable - value)``, rate 1 gives ``value`` to the bit.
+    With rate 0, ``value`` may be NaN; with rate 1, the old value may be, and the result equals ``value`` to
+    the bit.
     """
     old = tf.convert_to_tensor(variable)
-    variable.assign(old * (1 - rate) + tf.math.multiply_no_nan(value, rate))
+    kept = tf.math.multiply_no_nan(old, 1 - rate)
+    variable.assign(kept + tf.math.multiply_no_nan(value, rate))

@@ -1,14 +1,13 @@
-r"""Batch renormalization: the corrections that make training outputs those of the moving statistics.
+r"""Batch renormalization: corrections that bring training outputs near those of inference.
 
-With the batch's :math:`\mu, \sigma` and slowly moving :math:`\mu_r, \sigma_r` (:math:`\sigma =
+With the batch's :math:`\mu, \sigma` and the slowly moving :math:`\mu_r, \sigma_r` (:math:`\sigma =
 \sqrt{\mathrm{variance} + \epsilon}`), and no gradient through r and d:
 
 .. math:: r = \mathrm{clip}(\sigma / \sigma_r, r_{min}, r_{max}), \quad
           d = \mathrm{clip}((\mu - \mu_r) / \sigma_r, -d_{max}, d_{max}), \quad
           y = \left(\frac{x - \mu}{\sigma} r + d\right) \gamma + \beta
 
-(Ioffe, `Batch Renormalization <https://arxiv.org/abs/1702.03275>`_, 2017; variables and limits as
-in Keras.)
+(Ioffe, `Batch Renormalization <https://arxiv.org/abs/1702.03275>`_, 2017; variables and limits as in Keras.)
 """
 
 from collections.abc import Callable, Mapping
@@ -18,16 +17,37 @@ import keras
 import tensorflow as tf
 
 from tfbn._moments.moments import Moments
+from tfbn._normalize.dispatch import normalize_batch
+from tfbn._normalize.formula import batch_moments
+from tfbn._normalize.kernel import Normalization
 
 
-def corrections(
+def renormalize_batch(
+    x: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    over: Normalization,
+    *,
+    renorm_mean: tf.Tensor,
+    renorm_stddev: tf.Tensor,
+    clipping: Mapping[str, float],
+) -> tuple[tf.Tensor, Moments]:
+    """Like `normalize_batch`, with the corrections r and d."""
+    # The moments come first, because gamma and beta take up r and d: half precision then rounds once.
+    shift, relative = batch_moments(tf.stop_gradient(x), over)
+    moments = relative._replace(mean=shift + relative.mean)
+    r, d = _corrections(moments, renorm_mean, renorm_stddev, clipping, over.epsilon)
+    y, _ = normalize_batch(x, r * gamma, d * gamma + beta, over)
+    return y, moments
+
+
+def _corrections(
     moments: Moments,
     renorm_mean: tf.Tensor,
     renorm_stddev: tf.Tensor,
     clipping: Mapping[str, float],
     epsilon: float,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The corrections ``(r, d)`` of a batch with these moments, per channel."""
     # Early in training the moving value may be smaller than any batch's can be.
     reference = tf.maximum(renorm_stddev, epsilon**0.5)
     r = tf.sqrt(moments.variance + epsilon) / reference
@@ -42,7 +62,7 @@ def corrections(
 
 
 def stddev_initializer(variance_initializer: Any) -> Callable[..., tf.Tensor]:
-    """Initializes a moving standard deviation by the root of what the moving variance starts from."""
+    """Initializes a moving standard deviation by the root of the moving variance's initial value."""
 
     def initialize(shape: Any, dtype: Any = None) -> tf.Tensor:
         return keras.ops.sqrt(cloned(variance_initializer)(shape, dtype=dtype))
@@ -51,7 +71,7 @@ def stddev_initializer(variance_initializer: Any) -> Callable[..., tf.Tensor]:
 
 
 def cloned(initializer: Any) -> Any:
-    """A second copy of an initializer: Keras wants a random one to be used for one weight only."""
+    """A copy of an initializer. Keras wants a random initializer to be used for one weight only."""
     if isinstance(initializer, keras.initializers.Initializer):
         return type(initializer).from_config(initializer.get_config())
     return initializer

@@ -1,19 +1,39 @@
-"""Virtual batches: one batch seen as groups of consecutive examples, each with statistics of its own."""
-
-from collections.abc import Sequence
+"""Virtual batches: a batch as groups of consecutive examples, each with statistics of its own."""
 
 import tensorflow as tf
 
 from tfbn._moments.moments import Moments
+from tfbn._normalize.dispatch import normalize_batch
+from tfbn._normalize.kernel import Normalization
 from tfbn._normalize.reshape import like, with_shape
 
 
-def split(x: tf.Tensor, size: int) -> tf.Tensor:
+def normalize_groups(
+    x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, over: Normalization, size: int
+) -> tuple[tf.Tensor, Moments]:
+    """Like `normalize_batch`, but each group of ``size`` examples is a batch of its own.
+
+    The groups become channels of a view (groups, size, ...). The moments are the averages over the groups.
+    """
+    groups = _split(x, size)
+    mask = over.mask
+    if mask is not None:
+        everywhere = tf.broadcast_to(mask, tf.shape(x))
+        mask = _split(tf.ensure_shape(everywhere, x.shape), size)
+    number = tf.shape(groups)[0]
+    axes = (0, *(axis + 1 for axis in over.axes))
+    y, moments = normalize_batch(
+        groups, _repeat(gamma, number), _repeat(beta, number), over._replace(axes=axes, mask=mask)
+    )
+    return like(y, x), _average(moments)
+
+
+def _split(x: tf.Tensor, size: int) -> tf.Tensor:
     """Views ``x``, (batch, ...), as (groups, size, ...).
 
     Raises:
-        ValueError: If the batch size is known and no multiple of ``size``.
-        tf.errors.InvalidArgumentError: The same, found when the graph runs.
+        ValueError: If the batch size is known and not a multiple of ``size``.
+        tf.errors.InvalidArgumentError: If that shows only when the graph runs.
     """
     batch = x.shape[0]
     message = (
@@ -34,22 +54,17 @@ def split(x: tf.Tensor, size: int) -> tf.Tensor:
     return with_shape(grouped, [groups, size, *x.shape[1:]])
 
 
-def ungroup(y: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-    """The inverse of :func:`split`: ``y`` in the shape of ``x``."""
-    return like(y, x)
-
-
-def repeat(values: tf.Tensor, groups: tf.Tensor) -> tf.Tensor:
+def _repeat(values: tf.Tensor, groups: tf.Tensor) -> tf.Tensor:
     """Per-channel ``values`` once for each group, (groups, *channels)."""
     grouped = tf.broadcast_to(values, tf.concat([[groups], tf.shape(values)], 0))
     return with_shape(grouped, [tf.get_static_value(groups), *values.shape])
 
 
-def average(moments: Moments) -> Moments:
-    """What the moving statistics follow: the average over groups of their means and of their variances.
+def _average(moments: Moments) -> Moments:
+    """The average over groups of their means and of their variances.
 
-    Each group weighs as much as it counts. The variance is the one *within* groups, since that is
-    what examples are normalized by; the spread of the groups' means is not part of it.
+    Groups are weighted by their counts. The variance is the one *within* groups, because examples are
+    normalized by it. The spread of the groups' means is not part of it.
     """
     count, mean, variance = moments
     if count.shape.rank == 0:  # All groups count the same.
@@ -58,8 +73,3 @@ def average(moments: Moments) -> Moments:
     total = tf.reduce_sum(count, 0)
     weights = tf.math.divide_no_nan(count, total)
     return Moments(total, tf.reduce_sum(weights * mean, 0), tf.reduce_sum(weights * variance, 0))
-
-
-def shifted_axes(axes: Sequence[int]) -> tuple[int, ...]:
-    """The channel axes of the view: the groups, and the channel axes of ``x`` moved by one."""
-    return (0, *(axis + 1 for axis in axes))

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbn._normalize.dispatch import without_gradients
+from tfbn._normalize.by_hand import without_gradients
 
 
 @contextlib.contextmanager

@@ -1,9 +1,8 @@
-"""Count, mean and variance of a tensor over its non-channel axes, and their exact merging.
+"""Count, mean and variance of a tensor over its non-channel axes, and how to merge them exactly.
 
-Everything here is about one triple, :class:`Moments`. Its mean may be relative to a *shift*: a
-value near the mean, subtracted before anything is squared or summed, so that a large common offset
-(mean 1e6, spread 1) costs no digits. Sums of squares are never subtracted from each other around
-zero.
+The mean may be relative to a *shift*: a value near the mean, which is subtracted before anything is squared
+or summed, so that a large common offset (mean 1e6, standard deviation 1) costs no digits. Sums of squares
+around zero are never subtracted from each other.
 """
 
 import math
@@ -14,10 +13,10 @@ import tensorflow as tf
 
 
 class Moments(NamedTuple):
-    """How many values, their mean, and their biased variance (divided by the count).
+    """The number of values, their mean, and their biased variance (divided by the count).
 
-    ``count`` is a scalar, or has the shape of ``mean`` where a mask tells channels apart. All three
-    have the dtype of the statistics: float32, or float64 for a float64 input.
+    ``count`` is a scalar, or has the shape of ``mean`` where a mask gives channels different counts. All
+    three have the dtype of the statistics: float32, or float64 for a float64 input.
     """
 
     count: tf.Tensor
@@ -30,8 +29,20 @@ def statistics_dtype(dtype: tf.DType) -> tf.DType:
     return tf.float64 if dtype == tf.float64 else tf.float32
 
 
+def sum_over(x: tf.Tensor, reduced: Sequence[int]) -> tf.Tensor:
+    """The sum of x over some axes, which must be ascending.
+
+    It sums one axis after another, so that partial sums stay short. Rounding then does not grow with the
+    number of values, as it does on a CPU in one reduction over all axes; nor is it slower there. (XLA and a
+    small tensor in a view of few axes get one reduction.)
+    """
+    for axis in reversed(reduced):
+        x = tf.reduce_sum(x, axis)
+    return x
+
+
 def reduced_axes(rank: int, axes: Sequence[int]) -> list[int]:
-    """The axes that are averaged away: all but the channel ``axes``."""
+    """The axes to reduce: all but the channel ``axes``."""
     return [axis for axis in range(rank) if axis not in axes]
 
 
@@ -49,11 +60,11 @@ def along(values: tf.Tensor, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
 
 
 def count(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> tf.Tensor:
-    """How many values of ``x`` stand behind each channel: a scalar, or one per channel under a mask."""
+    """The number of values of each channel of ``x``: a scalar, or one per channel under a mask."""
     dtype = statistics_dtype(x.dtype)
     reduced = reduced_axes(x.shape.rank, axes)
     if mask is not None:
-        # Counted at the mask's own size; what it is broadcast over multiplies the count.
+        # Counted at the mask's own size, times the axes that it broadcasts over.
         kept = tf.cast(mask, dtype)
         repeats = [1 if mask.shape[axis] != 1 else tf.shape(x)[axis] for axis in reduced]
         factor = tf.cast(tf.reduce_prod(tf.stack(repeats)), dtype)
@@ -90,43 +101,41 @@ def moments(
     n = count(x, axes, mask)
 
     def average(values: tf.Tensor) -> tf.Tensor:
-        return tf.math.divide_no_nan(tf.reduce_sum(values, reduced), n)
+        return tf.math.divide_no_nan(sum_over(values, reduced), n)
 
     if mask is None:
         shift = median_of_three(x, axes)
     else:
         shift = average(zero_where_masked(x, mask))
-    # A constant: moving the shift moves the offset the other way, so no gradient belongs to it.
+    # A constant: another shift changes the offset by as much, so it has no gradient.
     shift = tf.stop_gradient(shift)
     deviation = zero_where_masked(x - along(shift, x, axes), mask)
     offset = average(deviation)
-    # The offset as a constant spares the gradient a pass over x: its own part there is a sum of
-    # deviations, 0. What that leaves out of the second derivative is in the last term, whose value
-    # and gradient are 0.
+    # The offset as a constant spares the gradient a pass over x, where its part is a sum of deviations: 0.
+    # The second derivative lacks that part. The last term, whose value and gradient are 0, restores it.
     constant = tf.stop_gradient(offset)
-    spread = zero_where_masked(deviation - along(constant, x, axes), mask)
-    variance = average(tf.square(spread)) - tf.square(offset - constant)
+    squares = tf.math.squared_difference(deviation, along(constant, x, axes))
+    variance = average(zero_where_masked(squares, mask)) - tf.square(offset - constant)
     return shift, Moments(n, offset, variance)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    r"""The moments of two disjoint sets of values together, exactly.
+    r"""Merges the moments of two disjoint sets of values exactly.
 
     .. math:: \mu = \mu_a + w_b \delta, \quad
               \sigma^2 = w_a \sigma_a^2 + w_b \sigma_b^2 + w_a w_b \delta^2, \quad
               \delta = \mu_b - \mu_a, \; w_i = n_i / (n_a + n_b)
 
-    (Chan, Golub and LeVeque, 1983, written with weights so that nothing is multiplied by a large
-    count.) An empty side changes nothing, whatever its mean and variance are.
+    (Chan, Golub and LeVeque, 1983, written with weights so that nothing is multiplied by a large count.) An
+    empty side has no influence, whatever its mean and variance are.
     """
     n = a.count + b.count
     weight_a = tf.math.divide_no_nan(a.count, n)
     weight_b = tf.math.divide_no_nan(b.count, n)
-    # An empty batch may carry NaN for its mean: with weight 0 it must not be heard.
+    # The mean of an empty batch may be NaN.
     mean_a, mean_b = zero_where_empty(a.mean, a.count), zero_where_empty(b.mean, b.count)
     delta = mean_b - mean_a
-    # From the heavier side: with a weight of 0 or 1 the mean of the other side comes out to the
-    # bit.
+    # Starting from the heavier side: with a weight of 0 or 1, its mean is the result, to the bit.
     mean = tf.where(weight_a >= weight_b, mean_a + weight_b * delta, mean_b - weight_a * delta)
     variance = (
         weight_a * zero_where_empty(a.variance, a.count)
@@ -137,7 +146,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def merge_all(shifts: tf.Tensor, parts: Moments) -> tuple[tf.Tensor, Moments]:
-    r"""The moments of many disjoint sets of values together, exactly: :func:`merge` for all of them at once.
+    r"""Merges the moments of many disjoint sets of values exactly, all of them at once.
 
     .. math:: \mu = \sum_r w_r \mu_r, \quad \sigma^2 = \sum_r w_r (\sigma_r^2 + (\mu_r - \mu)^2), \quad
               w_r = n_r / \sum_s n_s
@@ -149,8 +158,9 @@ def merge_all(shifts: tf.Tensor, parts: Moments) -> tuple[tf.Tensor, Moments]:
     Returns:
         A shift near the common mean, and the moments of all values, whose mean is relative to it.
     """
-    shape = [shifts.shape[0], *[1] * (shifts.shape.rank - parts.count.shape.rank)]
-    counts = tf.reshape(parts.count, [*shape, *parts.count.shape[1:]])
+    counts = parts.count
+    if counts.shape.rank == 1:  # One for all channels of a row.
+        counts = tf.reshape(counts, [-1, *[1] * (shifts.shape.rank - 1)])
     weights = tf.math.divide_no_nan(counts, tf.reduce_sum(counts, 0))
     shifts, offsets = zero_where_empty(shifts, counts), zero_where_empty(parts.mean, counts)
     shift = tf.stop_gradient(tf.reduce_sum(weights * (shifts + offsets), 0))
@@ -164,9 +174,9 @@ def merge_all(shifts: tf.Tensor, parts: Moments) -> tuple[tf.Tensor, Moments]:
 
 
 def median_of_three(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
-    """The median of three values of each channel: one outlier among them does not matter.
+    """The median of three values of each channel, so that one outlier does not matter; 0 without values.
 
-    0 where there is no value. Far from the others, a shift would cost the digits that it is to save.
+    A shift far from the values would cost the digits that it should save.
     """
     reduced = reduced_axes(x.shape.rank, axes)
 

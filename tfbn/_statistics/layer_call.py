@@ -10,6 +10,7 @@ from tfbn._models.walk import BatchNormLayer
 from tfbn._moments import replicas
 from tfbn._moments.moments import Moments, along, merge, moments, statistics_dtype
 from tfbn._normalize.dispatch import normalize, normalize_batch
+from tfbn._normalize.kernel import Normalization
 
 
 class NotFiniteError(ValueError):
@@ -119,8 +120,7 @@ class LayerCall:
             tf.cast(mean - tf.cast(coarse, tf.float64), dtype),
             tf.cast(tf.convert_to_tensor(self._variance), dtype),
             *_affine(self.layer, dtype),
-            axes=axes,
-            epsilon=self.layer.epsilon,
+            Normalization(axes, self.layer.epsilon),
         )
         return tf.cast(y, self.layer.compute_dtype)
 
@@ -134,15 +134,8 @@ def normalize_by_batch(
     """
     scale, offset = _affine(layer, statistics_dtype(x.dtype))
     synchronized = getattr(layer, "synchronized", False)
-    y, (count, mean, variance) = normalize_batch(
-        x,
-        scale,
-        offset,
-        axes=axes,
-        epsilon=layer.epsilon,
-        mask=mask,
-        synchronized=synchronized,
-    )
+    over = Normalization(axes, layer.epsilon, mask, synchronized)
+    y, (count, mean, variance) = normalize_batch(x, scale, offset, over)
     share = 1 / replicas.num_replicas() if synchronized else 1.0
     return tf.cast(y, layer.compute_dtype), Moments(share * count, mean, variance)
 

@@ -25,7 +25,7 @@ from tfbn._layer import arguments
 from tfbn._models.intercept import intercept_calls, isolated_tracing
 from tfbn._models.walk import BatchNormLayer, name_of, strategy_of
 from tfbn._moments.moments import Moments
-from tfbn._normalize.dispatch import without_gradients
+from tfbn._normalize.by_hand import without_gradients
 from tfbn._statistics.layer_call import LayerCall, MomentAccumulator, normalize_by_batch, values
 from tfbn._statistics.levels import Call, levels
 

@@ -7,7 +7,9 @@ Each function falls back on public behaviour when the private name is gone, and
 import contextlib
 import functools
 import importlib
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -158,35 +160,47 @@ def _unless_unscaled(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return scale
 
 
-class _ThreadLocalLosses(threading.local):
-    """As much of a list as Keras needs for the losses of a layer, with other items on each thread."""
+def is_recomputing() -> bool:
+    """Whether the current call repeats a forward pass for the backward pass (rematerialization).
 
-    def __init__(self) -> None:
-        self._losses: list[Any] = []
-
-    def extend(self, losses: Iterable[Any]) -> None:
-        self._losses.extend(losses)
-
-    def clear(self) -> None:
-        self._losses.clear()
-
-    def __getitem__(self, index: slice) -> list[Any]:
-        return self._losses[index]
+    `tf.recompute_grad`, which `keras.remat` and `keras.RematScope` use, runs a function again inside of its
+    gradient, and says so nowhere but on the stack. Without that frame the answer is always False.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "inner_recompute_grad":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager
-def losses_kept_per_replica(layers: Iterable[keras.layers.Layer]) -> Iterator[None]:
-    """While open, each replica of a MirroredStrategy has its own list of the losses that a layer adds.
+def added_losses_kept(layer: keras.layers.Layer) -> Iterator[None]:
+    """Keeps the losses that this replica has added to the model so far, while replicas meet inside.
 
-    Keras keeps one list per layer. The replicas are threads that take turns at every all-reduce, so a model
-    that reduces in its forward pass would clear or double the losses that it added before. Without the private
-    attribute this does nothing.
+    Keras collects the losses of `add_loss` and of activity regularizers in one list for each layer, which
+    the replica threads of a `tf.distribute.MirroredStrategy` share. A thread that waits for the others in
+    its forward pass would find the losses of another replica there, or none. Without the private names
+    nothing is kept.
     """
-    before = [(layer, vars(layer)["_losses"]) for layer in layers if "_losses" in vars(layer)]
-    try:
-        for layer, _ in before:
-            vars(layer)["_losses"] = _ThreadLocalLosses()
+    context = getattr(layer, "_get_call_context", lambda: None)()
+    entry = getattr(context, "entry_layer", None)
+    if entry is None or not hasattr(entry, "_losses"):
         yield
-    finally:
-        for layer, losses in before:
-            vars(layer)["_losses"] = losses
+        return
+    layers = _with_all_inside(entry)
+    before = [list(inner._losses) for inner in layers]
+    yield
+    for inner, losses in zip(layers, before, strict=True):
+        inner._losses[:] = losses
+
+
+def _with_all_inside(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    found = {id(layer): layer}
+    waiting = [layer]
+    while waiting:
+        for child in tracked_layers(waiting.pop()):
+            if id(child) not in found:
+                found[id(child)] = child
+                waiting.append(child)
+    return list(found.values())

@@ -10,10 +10,10 @@ import tensorflow as tf
 
 from tfbn._data import sharding
 from tfbn._layer import collect_moments
-from tfbn._models.walk import BatchNormLayer, batch_norm_layers, walk
+from tfbn._models.walk import BatchNormLayer, batch_norm_layers
 from tfbn._moments import replicas
 from tfbn._moments.moments import Moments
-from tfbn._support.keras_internals import gradients_summed, losses_kept_per_replica
+from tfbn._support.keras_internals import gradients_summed
 from tfbn._support.optimizers import unwrap_optimizer
 from tfbn._training.accumulate import Accumulator
 from tfbn._training.class_weights import class_weights
@@ -243,11 +243,8 @@ class Steps:
         compiled = tf.function(
             self._on_replicas(step), jit_compile=self._model.jit_compile, autograph=False
         )
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(scope_of(self._strategy))
-            stack.enter_context(gradients_summed(unwrap_optimizer(self._model.optimizer)))
-            if self._strategy is not None and self._strategy.num_replicas_in_sync > 1:
-                stack.enter_context(losses_kept_per_replica(walk(self._model)))
+        optimizer = unwrap_optimizer(self._model.optimizer)
+        with scope_of(self._strategy), gradients_summed(optimizer):
             # The concrete function is called directly: tf.function's dispatch would look at every tensor of
             # every batch, and costs more than everything else that Python does for a batch.
             function = compiled.get_concrete_function(*(() if spec == () else (spec,)))
