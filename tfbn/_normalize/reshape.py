@@ -130,7 +130,8 @@ def with_shape(x: tf.Tensor, shape: Sequence[int | None] | tf.TensorShape) -> tf
 
     `tf.ensure_shape` would check the shape again when the graph runs, and stop forward-mode differentiation.
     """
-    x.set_shape(shape)
+    if not tf.executing_eagerly():  # There it is known.
+        x.set_shape(shape)
     return x
 
 
@@ -140,7 +141,7 @@ def _reshaped(
     sizes: list[int | tf.Tensor],
     channels: Sequence[int | tf.Tensor],
 ) -> View:
-    static = [None if tf.is_tensor(size) or size < 0 else size for size in sizes]
+    static = [size if isinstance(size, int) and size >= 0 else None for size in sizes]
 
     def apply(x: tf.Tensor) -> tf.Tensor:
         return with_shape(tf.reshape(x, sizes), static)
