@@ -272,17 +272,10 @@ class BatchNormalization(keras.layers.Layer):
         can_update = moving_average.can_update(moments)
         rate = tf.where(can_update, self._batch_weight(can_update), 0)
         moving_average.update_moving_average(self.moving_mean, moments.mean, rate)
-        if not self.renorm:
+        if self.renorm:
+            renorm.update_statistics(self, moments, can_update, rate)
+        else:
             moving_average.update_moving_average(self.moving_variance, moments.variance, rate)
-            return
-        stddev = tf.sqrt(moments.variance + self.epsilon)
-        renorm_rate = tf.where(can_update, tf.constant(1 - self.renorm_momentum, rate.dtype), 0)
-        moving_average.update_moving_average(self.renorm_mean, moments.mean, renorm_rate)
-        moving_average.update_moving_average(self.renorm_stddev, stddev, renorm_rate)
-        moving_average.update_moving_average(self.moving_stddev, stddev, rate)
-        # As in Keras: the standard deviation is averaged, and the variance derived from it.
-        derived = tf.nn.relu(tf.square(self.moving_stddev) - self.epsilon)
-        self.moving_variance.assign(tf.where(can_update, derived, self.moving_variance))
 
     def _batch_weight(self, can_update: tf.Tensor) -> tf.Tensor:
         """The weight of a batch against the old moving statistics."""
@@ -302,30 +295,15 @@ class BatchNormalization(keras.layers.Layer):
         """Trains or infers, as the tensor says when the graph runs."""
         if replicas.num_replicas() == 1:
             return tf.cond(training, lambda: self._train(x, mask), lambda: self._infer(x))
-        with self._replicas_may_meet():
-            return self._train_where_on_replicas(training, x, mask)
-
-    def _train_where_on_replicas(
-        self, training: tf.Tensor, x: tf.Tensor, mask: tf.Tensor | None
-    ) -> tf.Tensor:
         # Replicas cannot communicate in a branch. They do so outside, with a count of 0 for inference.
-        if self.synchronized:
+        with self._replicas_may_meet():
             own, moments = self._normalize_batch(x, mask)
             y = tf.cond(training, lambda: own, lambda: self._infer(x))
-            moments = moments._replace(count=tf.where(training, moments.count, 0))
-        else:
-            nothing = tf.zeros(self.moving_mean.shape, statistics_dtype(x.dtype))
-            count = tf.zeros([], nothing.dtype) if mask is None else nothing
-
-            def own() -> tuple[tf.Tensor, Moments]:
-                y, moments = self._normalize_batch(x, mask)
-                # TensorFlow would differentiate what leaves a branch, and fail.
-                return y, Moments(*map(tf.stop_gradient, moments))
-
-            y, moments = tf.cond(
-                training, own, lambda: (self._infer(x), Moments(count, nothing, nothing))
+            self._update_or_collect(
+                moments._replace(
+                    count=tf.where(training, moments.count, tf.zeros_like(moments.count))
+                )
             )
-        self._update_or_collect(moments)
         return y
 
     def _replicas_may_meet(self) -> contextlib.AbstractContextManager[None]:

@@ -16,6 +16,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfbn._layer.moving_average import update_moving_average
 from tfbn._moments.moments import Moments
 from tfbn._normalize.dispatch import normalize_batch
 from tfbn._normalize.formula import batch_moments
@@ -59,6 +60,18 @@ def _corrections(
     if clipping.get("dmax") is not None:
         d = tf.clip_by_value(d, -clipping["dmax"], clipping["dmax"])
     return tf.stop_gradient(r), tf.stop_gradient(d)
+
+
+def update_statistics(layer: Any, moments: Moments, can_update: tf.Tensor, rate: tf.Tensor) -> None:
+    """Updates the statistics of a layer with renorm, but for its moving mean."""
+    stddev = tf.sqrt(moments.variance + layer.epsilon)
+    renorm_rate = tf.where(can_update, tf.constant(1 - layer.renorm_momentum, rate.dtype), 0)
+    update_moving_average(layer.renorm_mean, moments.mean, renorm_rate)
+    update_moving_average(layer.renorm_stddev, stddev, renorm_rate)
+    update_moving_average(layer.moving_stddev, stddev, rate)
+    # As in Keras: the standard deviation is averaged, and the variance derived from it.
+    derived = tf.nn.relu(tf.square(layer.moving_stddev) - layer.epsilon)
+    layer.moving_variance.assign(tf.where(can_update, derived, layer.moving_variance))
 
 
 def stddev_initializer(variance_initializer: Any) -> Callable[..., tf.Tensor]:

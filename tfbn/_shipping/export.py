@@ -13,7 +13,7 @@ import tensorflow as tf
 from tfbn._models import compare
 from tfbn._models.signature import Signature, signature_of
 from tfbn._models.walk import children, walk
-from tfbn._normalize.dispatch import without_gradients
+from tfbn._normalize.by_hand import without_gradients
 from tfbn._shipping import model_card
 from tfbn._shipping.atomic_directory import atomic_directory
 from tfbn._shipping.fold.fold import fold as fold_model
