@@ -34,7 +34,7 @@ def check_text(error: BaseException, wrong: str) -> None:
         ({"axis": True}, TypeError, r"`axis` must be an integer.*axis=True"),
         ({"axis": []}, TypeError, r"`axis` must be.*non-empty.*axis=\[\]"),
         ({"axis": [1, 2.0]}, TypeError, r"`axis` must be an integer.*axis=\[1, 2.0\]"),
-        ({"axis": [1, 1]}, ValueError, r"axis twice.*give each axis once.*axis=\[1, 1\]"),
+        ({"axis": [1, 1]}, ValueError, r"axis twice.*pass each axis once.*axis=\[1, 1\]"),
         ({"momentum": 1.01}, ValueError, r"`momentum` must be in \[0, 1\].*momentum=1.01"),
         ({"momentum": -0.1}, ValueError, r"`momentum` must be in \[0, 1\].*momentum=-0.1"),
         ({"momentum": float("nan")}, ValueError, r"`momentum` must be in \[0, 1\].*momentum=nan"),
@@ -57,19 +57,19 @@ def check_text(error: BaseException, wrong: str) -> None:
         (
             {"virtual_batch_size": 2, "synchronized": True},
             ValueError,
-            r"`virtual_batch_size` and `synchronized=True` contradict each other.*Choose one"
+            r"`virtual_batch_size` and `synchronized=True` contradict each other.*Use one"
             r".*virtual_batch_size=2, synchronized=True",
         ),
         (
             {"virtual_batch_size": 2, "renorm": True},
             ValueError,
-            r"`virtual_batch_size` and `renorm=True` contradict each other.*Choose one"
+            r"`virtual_batch_size` and `renorm=True` contradict each other.*Use one"
             r".*virtual_batch_size=2, renorm=True",
         ),
         (
             {"renorm_clipping": {"rmax": 2.0}},
             ValueError,
-            r"`renorm_clipping`.*only with `renorm=True`.*leave it out.*renorm=False",
+            r"`renorm_clipping`.*needs `renorm=True`.*leave `renorm_clipping` out.*renorm=False",
         ),
         (
             {"renorm": True, "renorm_clipping": {"rmaximum": 2.0}},
@@ -136,9 +136,9 @@ def test_our_own_arguments_are_not_taken_by_position(name):
         (3, (None, 4, 3), r"Axis 3 is out of range.*axes -3 to 2.*axis=3.*\(None, 4, 3\)"),
         (-4, (None, 4, 3), r"Axis -4 is out of range.*axes -3 to 2.*axis=-4"),
         ([1, 5], (None, 4, 3), r"Axis 5 is out of range.*axis=\[1, 5\]"),
-        (0, (None, 4, 3), r"Axis 0 is the batch.*Give the axis of the channels.*axis=0"),
-        (-3, (None, 4, 3), r"Axis 0 is the batch.*Give the axis of the channels.*axis=-3"),
-        ([1, -2], (None, 4, 3), r"axis twice.*give each axis once.*axis=\[1, -2\]"),
+        (0, (None, 4, 3), r"Axis 0 is the batch.*Pass the axis of the channels.*axis=0"),
+        (-3, (None, 4, 3), r"Axis 0 is the batch.*Pass the axis of the channels.*axis=-3"),
+        ([1, -2], (None, 4, 3), r"axis twice.*pass each axis once.*axis=\[1, -2\]"),
         (-1, (None, 4, None), r"number of channels must be known.*Input.*\(None, 4, None\)"),
         ([1, 2], (None, None, 3), r"number of channels must be known.*\(None, None, 3\)"),
         (-1, (None,), r"at least 2 dimensions.*\(None,\)"),
@@ -353,3 +353,15 @@ def test_config_with_a_bad_value_is_refused_like_the_argument():
     config = tfbn.BatchNormalization().get_config()
     with pytest.raises((TypeError, ValueError), match=r"`momentum` must be in \[0, 1\]"):
         tfbn.BatchNormalization.from_config({**config, "momentum": 2.0})
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_an_input_of_unknown_rank_is_refused(built):
+    layer = tfbn.BatchNormalization(name="norm")
+    if built:
+        layer.build((None, 3))
+    function = tf.function(layer, input_signature=[tf.TensorSpec(None)])
+    with pytest.raises(
+        ValueError, match=r"known rank.*ensure_shape.*unknown rank for layer 'norm'"
+    ):
+        function(tf.zeros((2, 3)))

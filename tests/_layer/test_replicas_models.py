@@ -39,6 +39,16 @@ def test_what_fit_saves_depends_on_no_replica(seen, kind):
     )
 
 
+@pytest.mark.parametrize("kind", ["apart", "synchronized"])
+def test_losses_that_layers_add_are_those_of_one_device(seen, kind):
+    """Keras keeps them in one list for all replica threads, which take turns where statistics meet."""
+    number = sum(name.startswith(f"added_losses/{kind}/one/") for name in seen)
+    assert number > 10
+    for index in range(number):
+        one, two = (seen[f"added_losses/{kind}/{where}/{index}"] for where in ("one", "two"))
+        np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "collectives"),
     {

@@ -328,3 +328,58 @@ def test_one_outlier_costs_the_other_values_no_digits(mode, place):
         others = np.delete(y, place, 0)
         spread = np.delete(normalized, place, 0).std()
         assert np.abs(others - np.delete(normalized, place, 0)).max() < 0.01 * spread
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("momentum", [0.0, None])
+def test_statistics_that_are_not_finite_heal_where_the_batch_has_all_the_weight(momentum, mode):
+    layer = tfbn.BatchNormalization(momentum=momentum)
+    layer.build((None, 3))
+    for weight in (layer.moving_mean, layer.moving_variance):
+        weight.assign(np.full(3, np.nan))
+    x = np.random.default_rng(0).normal(3, 2, (8, 3)).astype("float32")
+    stepper(layer, mode)(tf.constant(x))
+    np.testing.assert_allclose(weights(layer)["moving_mean"], x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(weights(layer)["moving_variance"], x.var(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_cumulative_average_is_the_plain_mean_of_the_batches_that_had_values_of_a_channel(mode):
+    layer = tfbn.BatchNormalization(momentum=None, virtual_batch_size=None)
+    layer.build((None, 2))
+    run = compiled(lambda x, mask: layer(x, training=True, mask=mask), mode)
+    x = np.random.default_rng(0).normal(3, 2, (3, 8, 2)).astype("float32")
+    mask = np.ones(x.shape, bool)
+    mask[0, :, 1] = False  # The first batch has no values of the second channel.
+    for batch in zip(x, mask, strict=True):
+        run(*map(tf.constant, batch))
+    means = x.mean(1)
+    expected = [means[:, 0].mean(), means[1:, 1].mean()]
+    np.testing.assert_allclose(weights(layer)["moving_mean"], expected, rtol=1e-5)
+    np.testing.assert_array_equal(weights(layer)["update_count"], [3, 2])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", ["graph", "xla"])
+def test_virtual_batches_of_unknown_number_train_or_infer_by_a_tensor(mode, training):
+    layer = tfbn.BatchNormalization(virtual_batch_size=2, momentum=0.5)
+    layer.build((None, 3))
+    x = np.random.default_rng(0).normal(3, 2, (4, 3)).astype("float32")
+
+    def step(x, training):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=training)
+        return y, tape.gradient(y, [x, layer.gamma.value])
+
+    signature = [tf.TensorSpec([None, 3]), tf.TensorSpec([], tf.bool)]
+    y, (dx, _) = compiled(step, mode, signature)(tf.constant(x), tf.constant(training))
+    groups = x.reshape(2, 2, 3)
+    by_groups = (groups - groups.mean(1, keepdims=True)) / np.sqrt(
+        groups.var(1, keepdims=True) + 1e-3
+    )
+    expected = by_groups.reshape(4, 3) if training else x / np.sqrt(1 + 1e-3)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dx, np.full(x.shape, 0 if training else 1), atol=1e-3)
+    moved = 0.5 * groups.mean((0, 1)) if training else np.zeros(3)
+    np.testing.assert_allclose(weights(layer)["moving_mean"], moved, rtol=1e-5)

@@ -26,7 +26,16 @@ Y = np.sum(X**2, axis=-1, keepdims=True) / 50
 def main() -> None:
     (strategy,) = started(devices=2).values()
     observed: Observed = {}
-    for scenario in (trained, fitted, collectives, second_order, called, refused, converted):
+    for scenario in (
+        trained,
+        fitted,
+        added_losses,
+        collectives,
+        second_order,
+        called,
+        refused,
+        converted,
+    ):
         for name, value in scenario(strategy).items():
             observed[f"{scenario.__name__}/{name}"] = value
     np.savez(sys.argv[1], **observed)
@@ -133,6 +142,45 @@ def fitted(strategy: Any) -> Observed:
             model.load_weights(f"{folder}/model.weights.h5")
             for replica in range(2):
                 see(f"loaded-{replica}", [w.value.values[replica].numpy() for w in model.weights])
+    return observed
+
+
+def added_losses(strategy: Any) -> Observed:
+    """The loss of a `fit` step and the weights after it, with losses that layers add, here and on one device.
+
+    The kinds of norm meet in the forward pass for their statistics, before other layers add losses and after.
+    """
+    import keras
+    import tensorflow as tf
+
+    import tfbn
+
+    class Penalty(keras.layers.Layer):
+        def call(self, x: Any) -> Any:
+            self.add_loss(0.1 * tf.reduce_mean(x**2))
+            return x
+
+    def step(where: Any, arguments: dict[str, Any]) -> list[Any]:
+        keras.utils.set_random_seed(0)
+        with where.scope():
+            inputs = keras.Input((4,))
+            x = keras.layers.Dense(3, activity_regularizer="l2")(inputs)
+            for _ in range(2):
+                x = tfbn.BatchNormalization(**arguments)(Penalty()(x))
+            outputs = keras.layers.Dense(1, activity_regularizer="l1")(Penalty()(x))
+            model = keras.Model(inputs, outputs)
+            model.compile(keras.optimizers.SGD(0.1), "mse")
+        # The same examples for each replica: every mean is then that of one device.
+        x = np.tile(X[0][:4], (2, 1))
+        y = np.tile(Y[0][:4], (2, 1))
+        history = model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+        return [np.asarray(history.history["loss"][0]), *model.get_weights()]
+
+    observed = {}
+    for name, arguments in {"apart": {}, "synchronized": {"synchronized": True}}.items():
+        for where, device in (("two", strategy), ("one", tf.distribute.get_strategy())):
+            for number, value in enumerate(step(device, arguments)):
+                observed[f"{name}/{where}/{number}"] = value
     return observed
 
 

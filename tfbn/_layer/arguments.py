@@ -1,4 +1,4 @@
-"""Checks of what users hand over: each says what was wrong, what was received and what to do."""
+"""Checks of the layer's arguments and inputs. Each error says what was wrong, what was received and what to do."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ def checked_axis(axis: Any) -> int | list[int]:
     axes = [int(a) for a in axes]
     if len(set(axes)) < len(axes):
         raise ValueError(
-            f"`axis` names an axis twice; give each axis once. Received: axis={axis!r}"
+            f"`axis` contains an axis twice; pass each axis once. Received: axis={axis!r}"
         )
     return axes[0] if len(axes) == 1 else axes
 
@@ -70,14 +70,14 @@ def checked_virtual_batch_size(size: Any, renorm: bool, synchronized: bool) -> i
         (
             "synchronized",
             synchronized,
-            "joins the examples of all replicas, virtual batches part them",
+            "merges the examples of all replicas, and virtual batches separate them",
         ),
-        ("renorm", renorm, "takes the noise of small batches away, virtual batches add it"),
+        ("renorm", renorm, "removes the noise of small batches, and virtual batches add it"),
     ):
         if value:
             raise ValueError(
                 f"`virtual_batch_size` and `{name}=True` contradict each other: `{name}` {why}. "
-                "Choose one. "
+                "Use one of them. "
                 f"Received: virtual_batch_size={size!r}, {name}={value!r}"
             )
     return int(size)
@@ -88,8 +88,7 @@ def checked_renorm_clipping(clipping: Any, renorm: bool) -> dict[str, float] | N
     if not renorm:
         if clipping:
             raise ValueError(
-                "`renorm_clipping` has a meaning only with `renorm=True`; leave it out, or set "
-                "`renorm=True`. "
+                "`renorm_clipping` needs `renorm=True`: set it, or leave `renorm_clipping` out. "
                 f"Received: renorm=False, renorm_clipping={clipping!r}"
             )
         return None
@@ -100,13 +99,13 @@ def checked_renorm_clipping(clipping: Any, renorm: bool) -> dict[str, float] | N
             f"Received: renorm_clipping={clipping!r}"
         )
     for key, limit in clipping.items():
-        if limit is None:  # As in Keras: not clipped on this side.
+        if limit is None:  # As in Keras: no limit.
             continue
         if not is_number(limit):
             raise TypeError(
                 f"The limits in `renorm_clipping` must be numbers. Received: {key}={limit!r}"
             )
-        if not limit >= 0:  # NaN is not.
+        if not limit >= 0:  # This catches NaN, too.
             raise ValueError(
                 "`renorm_clipping` clips r to [rmin, rmax] and d to [-dmax, dmax], so no limit may be "
                 f"negative. Received: {key}={limit!r}"
@@ -121,7 +120,11 @@ def checked_renorm_clipping(clipping: Any, renorm: bool) -> dict[str, float] | N
 
 
 def resolved_axes(axis: int | list[int], shape: Sequence[int | None]) -> tuple[int, ...]:
-    """The channel axes of an input of this shape, ascending and non-negative."""
+    """The channel axes of an input of this shape, ascending and non-negative.
+
+    Raises:
+        ValueError: If the input has no such axes, or one of them is the batch.
+    """
     rank = len(shape)
     axes = [axis] if isinstance(axis, int) else axis
     received = f"Received: axis={axis!r}, input shape {tuple(shape)}"
@@ -138,29 +141,28 @@ def resolved_axes(axis: int | list[int], shape: Sequence[int | None]) -> tuple[i
     resolved = tuple(sorted(a % rank for a in axes))
     if 0 in resolved:
         raise ValueError(
-            "Axis 0 is the batch: statistics are taken over it, so it cannot hold the channels. "
-            "Give the axis of the channels, -1 for channels last or 1 for channels first. "
+            "Axis 0 is the batch, over which statistics are computed, so it cannot hold the channels. Pass the "
+            "axis of the channels: -1 for channels last, or 1 for channels first. "
             f"{received}"
         )
     if len(set(resolved)) < len(resolved):
-        raise ValueError(f"`axis` names an axis twice; give each axis once. {received}")
+        raise ValueError(f"`axis` contains an axis twice; pass each axis once. {received}")
     return resolved
 
 
 def check_channels_known(shape: Sequence[int | None], axes: Sequence[int]) -> None:
-    """Raises unless every channel axis has a static size."""
+    """Raises an error unless every channel axis has a static size."""
     if any(shape[axis] is None for axis in axes):
         raise ValueError(
             "The number of channels must be known to create gamma and beta, but a channel axis of "
-            "the input has "
-            "an unknown size. Give the model an Input with that size, or build the layer with it. "
+            "the input has an unknown size. Give the model an Input with that size, or build the layer with it. "
             f"Received: input shape {tuple(shape)}, channel axes {list(axes)}"
         )
 
 
 def check_input(inputs: Any, name: str) -> None:
-    """Raises for what the layer cannot normalize, whatever its shape: other kinds of tensors and numbers."""
-    # Not by the `sparse` of a symbolic tensor: Keras says it of `2 * x` for a dense x, too.
+    """Raises an error for inputs that the layer cannot normalize, whatever their size."""
+    # Not by the attribute `sparse` of a symbolic tensor: Keras sets it for `2 * x` with a dense x, too.
     if isinstance(inputs, tf.RaggedTensor) or getattr(inputs, "ragged", False):
         kind = "ragged"
     elif isinstance(inputs, tf.SparseTensor):
@@ -177,6 +179,12 @@ def check_input(inputs: Any, name: str) -> None:
             f"Batch normalization takes dense tensors; pass {cure} instead. "
             f"Received: a {kind} tensor for layer {name!r}"
         )
+    shape = getattr(inputs, "shape", None)
+    if isinstance(shape, tf.TensorShape) and shape.rank is None:
+        raise ValueError(
+            "Batch normalization needs inputs of known rank. Tell TensorFlow the shape, for example with "
+            f"`tf.ensure_shape(inputs, [None, 28, 28, 3])`. Received: a tensor of unknown rank for layer {name!r}"
+        )
     dtype = getattr(inputs, "dtype", None)
     if dtype is not None and not tf.as_dtype(dtype).is_floating:
         raise TypeError(
@@ -189,11 +197,10 @@ def check_input(inputs: Any, name: str) -> None:
 def check_built_for(
     shape: tf.TensorShape, built_rank: int, axes: Sequence[int], channels: Sequence[int], name: str
 ) -> None:
-    """Raises if the layer was built for another rank or number of channels."""
+    """Raises an error if the layer was built for another rank or number of channels."""
     if shape.rank != built_rank:
         raise ValueError(
-            f"Layer {name!r} was built for inputs of rank {built_rank}; use a new layer for "
-            "another rank. "
+            f"Layer {name!r} was built for inputs of rank {built_rank}; use a new layer for another rank. "
             f"Received: an input of shape {tuple(shape)}"
         )
     for axis, size in zip(axes, channels, strict=True):
@@ -207,18 +214,21 @@ def check_built_for(
 
 
 def fitted_mask(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-    """``mask`` as a boolean tensor of the rank of ``x``, or an error if it cannot broadcast to it."""
+    """``mask`` as a boolean tensor of the rank of ``x``.
+
+    Raises:
+        ValueError: If it does not broadcast to ``x``.
+    """
     mask = tf.cast(mask, tf.bool)
     missing = x.shape.rank - mask.shape.rank
-    # Keras's masks are (batch, time): they name the leading axes, so what they lack is appended.
+    # Keras's masks are (batch, time): they refer to the leading axes, so the missing ones are appended.
     shape = mask.shape.as_list() + [1] * missing
     if missing < 0 or any(
         m not in (None, 1) and n is not None and m != n for m, n in zip(shape, x.shape, strict=True)
     ):
         raise ValueError(
-            "The mask does not broadcast to the input. Its axes are the leading axes of the "
-            "input, each of the same "
-            "size or of size 1; with channels first, give the channel axis size 1. "
+            "The mask does not broadcast to the input. Its axes are the leading axes of the input, each of "
+            "the same size or of size 1; with channels first, give the channel axis size 1. "
             f"Received: mask of shape {tuple(mask.shape)}, input of shape {tuple(x.shape)}"
         )
     if missing:
@@ -226,7 +236,7 @@ def fitted_mask(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
         mask = tf.ensure_shape(mask, shape)
     if (
         None in shape
-    ):  # Such a size may turn out to be 1; what counts values needs to see the real one.
+    ):  # An unknown size may be 1, and the code that counts values needs the real one.
         sizes = [tf.shape(x)[i] if size is None else size for i, size in enumerate(shape)]
         mask = tf.broadcast_to(mask, sizes)
     return mask

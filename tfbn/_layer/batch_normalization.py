@@ -14,7 +14,11 @@ from tfbn._moments import replicas
 from tfbn._moments.moments import Moments, statistics_dtype
 from tfbn._normalize.dispatch import normalize, normalize_batch
 from tfbn._normalize.kernel import Normalization
-from tfbn._support.keras_internals import added_losses_kept, is_recomputing
+from tfbn._support.keras_internals import (
+    added_losses_kept,
+    compiling_with_xla,
+    is_recomputing,
+)
 
 
 @keras.saving.register_keras_serializable(package="tfbn")
@@ -293,9 +297,11 @@ class BatchNormalization(keras.layers.Layer):
 
     def _train_where(self, training: tf.Tensor, x: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
         """Trains or infers, as the tensor says when the graph runs."""
-        if replicas.num_replicas() == 1:
+        # Replicas cannot communicate in a branch. Nor can XLA differentiate a branch whose intermediate
+        # tensors have an unknown number of groups. Both train outside, with a count of 0 for inference.
+        in_groups = self.virtual_batch_size is not None and compiling_with_xla()
+        if replicas.num_replicas() == 1 and not in_groups:
             return tf.cond(training, lambda: self._train(x, mask), lambda: self._infer(x))
-        # Replicas cannot communicate in a branch. They do so outside, with a count of 0 for inference.
         with self._replicas_may_meet():
             own, moments = self._normalize_batch(x, mask)
             y = tf.cond(training, lambda: own, lambda: self._infer(x))
