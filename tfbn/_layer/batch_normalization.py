@@ -1,6 +1,5 @@
 """The Keras layer: weights, config, dtypes, the training flag, and what updates the moving statistics."""
 
-import contextlib
 import copy
 from collections.abc import Sequence
 from typing import Any
@@ -290,7 +289,7 @@ class BatchNormalization(keras.layers.Layer):
         return tf.math.reciprocal_no_nan(tf.cast(self.update_count, self.moving_mean.dtype))
 
     def _train(self, x: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
-        with self._replicas_may_meet():
+        with added_losses_kept(self):
             y, moments = self._normalize_batch(x, mask)
             self._update_or_collect(moments)
         return y
@@ -302,7 +301,7 @@ class BatchNormalization(keras.layers.Layer):
         in_groups = self.virtual_batch_size is not None and compiling_with_xla()
         if replicas.num_replicas() == 1 and not in_groups:
             return tf.cond(training, lambda: self._train(x, mask), lambda: self._infer(x))
-        with self._replicas_may_meet():
+        with added_losses_kept(self):
             own, moments = self._normalize_batch(x, mask)
             y = tf.cond(training, lambda: own, lambda: self._infer(x))
             self._update_or_collect(
@@ -311,10 +310,6 @@ class BatchNormalization(keras.layers.Layer):
                 )
             )
         return y
-
-    def _replicas_may_meet(self) -> contextlib.AbstractContextManager[None]:
-        alone = replicas.num_replicas() == 1
-        return contextlib.nullcontext() if alone else added_losses_kept(self)
 
     def _normalize_batch(self, x: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, Moments]:
         over = Normalization(self._axes, self.epsilon, mask, self.synchronized)

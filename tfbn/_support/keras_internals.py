@@ -183,9 +183,11 @@ def added_losses_kept(layer: keras.layers.Layer) -> Iterator[None]:
     its forward pass would find the losses of another replica there, or none. Without the private names
     nothing is kept.
     """
+    replica = tf.distribute.get_replica_context()
     context = getattr(layer, "_get_call_context", lambda: None)()
     entry = getattr(context, "entry_layer", None)
-    if entry is None or not hasattr(entry, "_losses"):
+    alone = replica is None or replica.num_replicas_in_sync == 1
+    if alone or entry is None or not hasattr(entry, "_losses"):
         yield
         return
     layers = _with_all_inside(entry)
