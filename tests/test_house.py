@@ -165,9 +165,7 @@ def test_every_public_name_has_a_docstring(name, value):
 
 
 @pytest.mark.parametrize("name", tfbn.__all__)
-def test_every_public_name_is_in_the_readme_and_in_a_test(name):
-    shown = re.search(rf"\btfbn\.{name}\b", (ROOT / "README.md").read_text())
-    assert shown, f"README.md does not show tfbn.{name}"
+def test_every_public_name_is_in_a_test(name):
     used = re.compile(rf"\btfbn\.{name}\b|^from tfbn[\w.]* import .*\b{name}\b", re.MULTILINE)
     tests = [path for path in sorted((ROOT / "tests").rglob("*.py")) if path != Path(__file__)]
     assert any(used.search(path.read_text()) for path in tests), f"no test covers tfbn.{name}"
