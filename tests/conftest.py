@@ -69,14 +69,23 @@ def _name(item: pytest.Item) -> str:
     return item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     rank = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(_name(item), len(LONG)))
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    on_devices = [item for item in items if "device" in getattr(item, "fixturenames", ())]
+    config.files_for_a_gpu = {item.path for item in [*on_gpu, *on_devices]}
+    if not GPUS:
+        config.hook.pytest_deselected(items=on_gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     for item in items:
-        if not GPUS and item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a GPU, and TensorFlow lists none"))
         if _name(item).startswith(UNCOUNTED):
             item.add_marker(pytest.mark.no_cover)
+
+
+def pytest_report_header() -> str:
+    listed = ", ".join(GPUS) or "none, so tests of GPUs are left out"
+    return f"GPUs that TensorFlow lists: {listed}"
 
 
 @pytest.hookimpl(wrapper=True)
@@ -95,7 +104,7 @@ def seed() -> None:
 
 
 @pytest.fixture(
-    params=[*CPUS, *(pytest.param(name, marks=pytest.mark.gpu) for name in GPUS or ["GPU:0"])]
+    params=[*CPUS, *(pytest.param(name, marks=pytest.mark.gpu) for name in GPUS)]
 )
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs once on each device that TensorFlow lists, placed there by default."""

@@ -21,15 +21,14 @@ TINY = [
 
 
 def test_no_file_with_a_test_for_a_gpu_is_forgotten(request):
-    here = {item.path for item in request.session.items if item.get_closest_marker("gpu")}
-    assert here <= set(gpu.files())
-    assert gpu.ROOT / "tests" / "test_gpu_sizes.py" in gpu.files()
+    assert request.config.files_for_a_gpu <= set(gpu.files())
+    assert gpu.ROOT / "tests" / "_normalize" / "test_gpu_sizes.py" in gpu.files()
 
 
 def test_files_with_a_report_are_not_run_again(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(gpu, "tested", lambda arguments, report: ran.append(report.stem))
-    first, *others = (path.stem for path in gpu.files())
+    first, *others = map(gpu.report_name, gpu.files())
     (tmp_path / f"{first}.xml").touch()
     assert gpu.tested_in_time(tmp_path, minutes=-1) == others
     assert gpu.tested_in_time(tmp_path, minutes=1) == []
