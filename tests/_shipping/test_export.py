@@ -133,6 +133,23 @@ def test_a_subclassed_model_is_exported(tmp_path):
     np.testing.assert_allclose(output, model(x), rtol=1e-5, atol=1e-5)
 
 
+class Opaque(Subclassed):
+    def call(self, x, training=False):
+        return tf.nn.relu(super().call(x, training=training))
+
+
+def test_a_model_that_cannot_be_traced_is_exported_unfolded_with_a_warning(tmp_path):
+    model = Opaque()
+    x = tf.random.stateless_normal((8, 3), (1, 2))
+    model(x, training=True)
+    with pytest.warns(UserWarning, match=r"exported unfolded. Cannot trace .* class Opaque"):
+        tfbn.export(model, tmp_path / "served")
+    served = serve(tmp_path / "served")
+    (name,) = served.structured_input_signature[1]
+    np.testing.assert_allclose(*served(**{name: x}).values(), model(x), rtol=1e-5, atol=1e-5)
+    assert "unfolded" in (tmp_path / "served" / "MODEL_CARD.md").read_text()
+
+
 class OfDict(Subclassed):
     def call(self, inputs, training=False):
         return {"sum": super().call(inputs["a"] + inputs["dense"], training=training)}

@@ -4,6 +4,7 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 
 import keras
+import pytest
 import tensorflow as tf
 
 from tfbn._support import keras_internals
@@ -118,4 +119,25 @@ def test_losses_survive_a_call_of_the_same_model_in_between(monkeypatch):
 def test_without_the_call_context_nothing_is_kept_and_nothing_breaks():
     layer = keras.layers.ReLU()
     with keras_internals.added_losses_kept(layer):
+        pass
+
+
+def test_symbolic_calls_are_forgotten():
+    """Fails when Keras records symbolic calls elsewhere."""
+    called, other = keras.layers.Dense(2), keras.layers.ReLU()
+    x = keras.Input((3,))
+    first = called(x)
+    with keras_internals.calls_forgotten([called, other]):
+        other(called(keras.Input((3,))))
+        assert other.output.shape == (None, 2)
+    assert called.output is first
+    with pytest.raises(AttributeError, match="no defined output"):
+        _ = other.output
+    assert keras.Model(x, other(first)).layers[-1] is other
+
+
+def test_without_the_lists_of_calls_nothing_is_forgotten():
+    layer = keras.layers.ReLU()
+    vars(layer)["_inbound_nodes"] = vars(layer)["_outbound_nodes"] = None
+    with keras_internals.calls_forgotten([layer]):
         pass

@@ -68,9 +68,12 @@ class Copies:
 
     def copy(self, layer: Any) -> Any:
         """The copy of a layer, or of an operation of a graph."""
+        if id(layer) not in self._copies:
+            self._copies[id(layer)] = self._create(layer)
         self._originals[id(layer)] = layer
-        if id(layer) in self._copies:
-            return self._copies[id(layer)]
+        return self._copies[id(layer)]
+
+    def _create(self, layer: Any) -> Any:
         if isinstance(layer, keras.layers.Layer) and id(layer) not in self._parents:
             self._meet(layer)
         if is_functional(layer):
@@ -86,13 +89,7 @@ class Copies:
                 new = copy_operation(layer)
             if isinstance(layer, keras.layers.Layer):
                 self._match_inside(layer, new)
-        self._copies[id(layer)] = new
         return new
-
-    @property
-    def originals(self) -> dict[int, Any]:
-        """The original of each copy, by the `id` of the copy."""
-        return {id(self._copies[number]): layer for number, layer in self._originals.items()}
 
     def copy_and_build(self, layer: Any) -> Any:
         """The copy, built here so that its weights keep their paths, wherever it is called first."""

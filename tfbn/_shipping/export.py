@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import tensorflow as tf
 
 from tfbn._models import compare
 from tfbn._models.signature import Signature, signature_of
-from tfbn._models.walk import children, walk
+from tfbn._models.walk import batch_norm_layers, children, walk
 from tfbn._normalize.by_hand import without_gradients
 from tfbn._shipping import model_card
 from tfbn._shipping.atomic_directory import atomic_directory
 from tfbn._shipping.fold.fold import fold as fold_model
 from tfbn._shipping.fold.report import FoldReport
+from tfbn._shipping.fold.trace import TraceError
 from tfbn._support.reports import Report, plain
 
 SIGNATURE = "serving_default"
@@ -57,7 +59,8 @@ def export(
     Args:
         model: A built Keras model. It is not modified.
         path: The directory to write. Missing parents are created.
-        fold: Whether to fold batch normalization first; see `tfbn.fold`.
+        fold: Whether to fold batch normalization first; see `tfbn.fold`. A subclassed model whose `call`
+            does not work on symbolic tensors is exported unfolded, with a warning.
         overwrite: Whether to replace an existing SavedModel. Anything else at `path` is never replaced.
         inputs: Inputs to compare outputs on, as you would call the model with them. Defaults to random
             inputs.
@@ -151,7 +154,7 @@ def write_saved_model(
     path, tolerance = Path(path), compare.tolerance_for(model, tolerance)
     with atomic_directory(path, overwrite, is_ours=tf.saved_model.contains_saved_model) as folder:
         signature = signature_of(model)
-        served = fold_model(model, inputs, tolerance=tolerance) if fold else model
+        served, report = _folded(model, inputs, tolerance) if fold else (model, None)
         _write(served, signature, folder)
         if inputs is None:
             examples = [compare.random_inputs(signature.structure, size) for size in (1, 3)]
@@ -164,10 +167,22 @@ def write_saved_model(
                 f"Received: a difference of {difference:.2g} relative to the largest output, "
                 f"tolerance={tolerance:.2g}. {compare.advice(model, examples[0], tolerance)}"
             )
-        report = served.report if fold else None
         card = model_card.text(model, signature, SIGNATURE, difference, report)
         (folder / "MODEL_CARD.md").write_text(card, encoding="utf-8")
     return Exported(path, difference, report)
+
+
+def _folded(
+    model: keras.Model, inputs: Any, tolerance: float
+) -> tuple[keras.Model, FoldReport | None]:
+    """Returns the folded model and its report; the model itself if its graph cannot be traced."""
+    try:
+        folded = fold_model(model, inputs, tolerance=tolerance)
+    except TraceError as error:
+        if batch_norm_layers(model):
+            warnings.warn(f"The model is exported unfolded. {error}", stacklevel=4)
+        return model, None
+    return folded, folded.report
 
 
 def _write(model: keras.Model, signature: Signature, folder: Path) -> None:

@@ -206,3 +206,24 @@ def _with_all_inside(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
                 found[id(child)] = child
                 waiting.append(child)
     return list(found.values())
+
+
+@contextlib.contextmanager
+def calls_forgotten(layers: Iterable[keras.layers.Layer]) -> Iterator[None]:
+    """While open, symbolic calls of these layers are recorded; then the records are removed.
+
+    Keras records each symbolic call in two lists of the layer, from which `layer.output` and
+    `model.summary` read. Without these lists, the records stay: `layer.output` is that of the first call.
+    """
+    records = [
+        vars(layer)[name]
+        for layer in layers
+        for name in ("_inbound_nodes", "_outbound_nodes")
+        if isinstance(vars(layer).get(name), list)
+    ]
+    lengths = list(map(len, records))
+    try:
+        yield
+    finally:
+        for record, length in zip(records, lengths, strict=True):
+            del record[length:]

@@ -13,6 +13,7 @@ import tfbn
 from folding import count, folded, image, into
 from graphs import randomize
 from tfbn._models.walk import batch_norm_layers
+from tfbn._shipping.fold.trace import trace
 
 layers = keras.layers
 Norm = keras.layers.BatchNormalization
@@ -77,7 +78,9 @@ def test_a_custom_layer_that_cannot_be_opened_is_kept_whole_and_reported():
     new = tfbn.fold(model)
     kept, gone = new.report.rows
     assert (kept.outcome, kept.path) == ("unchanged", "closed/norm")
-    assert kept.reason == "it is inside 'closed' (Closed), which is kept whole"
+    assert kept.reason.startswith(
+        "it is inside 'closed' (Closed), which is kept whole: ValueError: "
+    )
     assert gone.outcome == "folded into the preceding layer"
     assert len(batch_norm_layers(new)) == 1
 
@@ -123,3 +126,145 @@ def test_masks_pass_what_is_folded():
     words = tf.constant([[1, 2, 3, 0, 0, 0], [4, 5, 6, 7, 8, 1]])
     np.testing.assert_allclose(new(words), model(words), rtol=1e-5, atol=1e-6)
     assert new.report.left == ()
+
+
+# Classes that cannot be created from their config
+
+
+class Scale(layers.Layer):
+    """A layer whose config does not tell how to create it."""
+
+    def __init__(self, transform: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.transform = transform
+
+    def build(self, shape: Any) -> None:
+        self.factor = self.add_weight(shape=(1,), name="factor", initializer="ones")
+
+    def call(self, x: Any) -> Any:
+        return self.transform(x) * self.factor
+
+
+class ScaledResidual(Residual):
+    """A block with such a constructor, and nothing else that stands in the way."""
+
+    def __init__(self, transform: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.transform = transform
+
+    def call(self, x: Any, training: Any = None) -> Any:
+        return self.transform(super().call(x, training=training))
+
+
+def test_fold_goes_on_around_a_layer_that_cannot_be_copied():
+    x = image()
+    scale = Scale(keras.ops.tanh, name="scale")
+    h = scale(Norm(name="a")(layers.Conv2D(4, 1, name="conv")(x)))
+    h = Norm(name="b")(layers.Conv2D(4, 1, name="scale_1")(h))
+    model = keras.Model(x, layers.Add()([h, scale(x)]))
+    new = folded(model)
+    assert into(new) == ["conv", "scale_1"]
+    assert new.report.shared == ("scale",)
+    assert "Shared with the original model: scale." in str(new.report)
+    assert new.get_layer("scale") is scale
+    assert new.get_layer("conv") is not model.get_layer("conv")
+    assert scale.output is model.layers[3].output
+
+
+def test_a_layer_that_cannot_be_copied_is_opened_if_it_contains_batch_normalization():
+    x = image()
+    new = folded(keras.Model(x, ScaledResidual(keras.ops.tanh)(x)))
+    assert into(new) == ["conv"]
+    assert new.report.shared == ()
+
+
+def test_a_subclassed_model_that_cannot_be_copied_is_folded():
+    class Net(keras.Model):
+        def __init__(self, activation: Any) -> None:
+            super().__init__()
+            self.block, self.activation = Residual(name="block"), activation
+
+        def call(self, x: Any) -> Any:
+            return self.activation(self.block(x))
+
+    net = Net(keras.ops.sigmoid)
+    net(np.zeros((1, 8, 8, 4), "float32"))
+    assert into(folded(net)) == ["conv"]
+
+
+def test_lambdas_do_not_stand_in_the_way():
+    x = image()
+    h = layers.Activation(lambda t: t + 1)(Norm()(layers.Dense(3, name="dense")(x)))
+    own = layers.Dense(2, kernel_initializer=lambda shape, dtype: keras.ops.ones(shape), name="own")
+    assert into(folded(keras.Model(x, Norm()(own(h))))) == ["dense", "own"]
+
+
+# What the class of a model computes
+
+
+class Doubled(keras.Model):
+    """A Functional model whose class overrides `call`."""
+
+    def call(self, x: Any) -> Any:
+        return 2.0 * super().call(x)
+
+
+class Skipping(keras.Sequential):
+    """A Sequential model whose class overrides `call`."""
+
+    def call(self, x: Any, training: Any = None) -> Any:
+        return x + super().call(x, training=training)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_model_whose_class_overrides_call_computes_what_it_says(nested):
+    x = image()
+    double = Doubled(x, Norm()(layers.Conv2D(4, 1, name="a")(x)))
+    y = image()
+    skip = Skipping([y, layers.Conv2D(4, 1, name="b"), Norm()])
+    for model, name in ((double, "a"), (skip, "b")):
+        if nested:
+            z = image()
+            model = keras.Model(z, layers.ReLU()(model(z)))
+        assert into(folded(model)) == [name]
+
+
+# The model is not modified
+
+
+def test_tracing_leaves_no_trace_in_the_objects_of_the_user():
+    class Counting(Residual):
+        def build(self, shape: Any) -> None:
+            self.conv.build(shape)
+            self.norm.build(shape)
+
+        def call(self, x: Any, training: Any = None) -> Any:
+            self.seen = x
+            return super().call(x, training=training)
+
+    x = image()
+    block = Counting(name="block")
+    model = keras.Model(x, block(x))
+    before = {name: id(value) for name, value in vars(block).items()}
+    assert [call.within for call in trace(model).calls] == [("block",)] * 4
+    assert {name: id(value) for name, value in vars(block).items()} == before
+    with pytest.raises(AttributeError, match="no defined output"):
+        _ = block.conv.output
+
+
+def test_an_error_without_a_message_is_reported_by_its_type():
+    class Unfinished(Residual):
+        def call(self, x: Any, training: Any = None) -> Any:
+            if isinstance(x, keras.KerasTensor):
+                raise NotImplementedError
+            return super().call(x, training=training)
+
+        def compute_output_spec(self, x: Any) -> Any:
+            return keras.KerasTensor(x.shape, x.dtype)
+
+    x = image()
+    block = Unfinished(name="block")
+    block.conv.build((None, 8, 8, 4))
+    block.norm.build((None, 8, 8, 4))
+    (row,) = folded(keras.Model(x, block(x))).report.rows
+    assert row.reason.endswith("is kept whole: NotImplementedError")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
+import warnings
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -16,18 +18,23 @@ from tfbn._shipping.fold.affine import Affine
 from tfbn._shipping.fold.graph import Call, Graph, Substitution, tensors
 
 
-def assemble(graph: Graph, model: keras.Model) -> keras.Model:
-    """Returns a Functional model that makes the calls of the graph with layers of its own.
+def assemble(graph: Graph, model: keras.Model) -> tuple[keras.Model, tuple[str, ...]]:
+    """Builds a Functional model that makes the calls of the graph with layers of its own.
+
+    A layer that cannot be copied, because its config does not tell how to create it, is used in both models.
 
     Args:
         graph: A graph of the model, folded or not.
         model: The model. It is not modified.
+
+    Returns:
+        The new model, and the names of the layers that it shares with the model.
     """
     inputs = keras.tree.map_structure(
         lambda tensor: input_like(graph.model, tensor), graph.model.input
     )
     new = Substitution(graph.inputs, inputs)
-    layers = _Layers(model, [tensor.name for tensor in tensors(inputs)])
+    layers = _Layers(model, graph.calls, names=[tensor.name for tensor in tensors(inputs)])
     for call in graph.calls:
         layer = layers.for_call(call)
         if call.affine is not None:
@@ -37,31 +44,39 @@ def assemble(graph: Graph, model: keras.Model) -> keras.Model:
             outputs = layer(*args, **kwargs)
         new.add(call.outputs, outputs)
     layers.assign_weights()
-    return keras.Model(inputs, keras.tree.map_structure(new, graph.outputs), name=model.name)
+    outputs = keras.tree.map_structure(new, graph.outputs)
+    return keras.Model(inputs, outputs, name=model.name), layers.shared
 
 
 class _Layers:
-    """Creates the layers. Calls of one original layer share a new one if their weights are equal.
+    """The layers of the new model. Calls of one original layer share a new one if their weights are equal.
 
     Args:
         model: The model that the original layers belong to.
+        calls: The calls to create layers for.
         names: Names that are in use already.
+
+    Attributes:
+        shared: The names of original layers that cannot be copied.
     """
 
-    def __init__(self, model: keras.Model, names: list[str]) -> None:
+    def __init__(self, model: keras.Model, calls: Sequence[Call], names: Sequence[str]) -> None:
         self._copies = Copies(model, {})
-        self._layers: dict[Hashable, keras.Operation] = {}
         self._weights: list[tuple[keras.layers.Layer, Weights]] = []
-        self._names = set(names)
+        firsts = {_key(call): call for call in reversed(calls)}  # The first call of each layer.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # About lambdas in configs, and classes of models.
+            self._layers = {key: self._create(call) for key, call in reversed(firsts.items())}
+        is_copy = {key: self._layers[key] is not call.operation for key, call in firsts.items()}
+        self.shared = tuple(layer.name for key, layer in self._layers.items() if not is_copy[key])
+        self._names = {*names, *self.shared}
+        for key, layer in self._layers.items():
+            if is_copy[key]:
+                layer.name = self._unique_name(firsts[key])
 
     def for_call(self, call: Call) -> keras.Operation:
         """Returns the layer that makes this call in the new model."""
-        key = (id(call.operation), _fingerprint(call.affine or call.weights))
-        if key not in self._layers:
-            layer = self._create(call)
-            layer.name = self._unique_name(call)
-            self._layers[key] = layer
-        return self._layers[key]
+        return self._layers[_key(call)]
 
     def assign_weights(self) -> None:
         """Assigns the weights, once calls have built the layers."""
@@ -77,14 +92,17 @@ class _Layers:
                 self._weights.append((new, own_weights))
             return new
         if call.weights is None:
-            return self._copies.copy_and_build(call.operation)
+            try:
+                return self._copies.copy_and_build(call.operation)
+            except ValueError:
+                return call.operation
         old, weights = call.operation, call.weights
         if type(old) is keras.layers.TimeDistributed:
-            inner = copy_operation(old.layer, **weights.config)
+            inner = _copy_linear(old.layer, weights.config)
             base = {k: v for k, v in old.get_config().items() if k != "layer"}
             new = keras.layers.TimeDistributed(inner, **base)
         else:
-            new = copy_operation(old, **weights.config)
+            new = _copy_linear(old, weights.config)
         self._weights.append((new, weights))
         return new
 
@@ -99,6 +117,22 @@ class _Layers:
         name = next(candidate for candidate in candidates if candidate not in self._names)
         self._names.add(name)
         return name
+
+
+def _key(call: Call) -> Hashable:
+    """Equal for calls that one layer of the new model can make."""
+    return id(call.operation), _fingerprint(call.affine or call.weights)
+
+
+def _copy_linear(layer: keras.layers.Layer, changes: dict[str, Any]) -> keras.Operation:
+    """Copies a layer whose weights are going to be assigned."""
+    try:
+        return copy_operation(layer, **changes)
+    except ValueError:  # Without what only training needs, and may be a function of the user.
+        for name in layer.get_config():
+            if name.endswith(("_initializer", "_regularizer", "_constraint")):
+                changes = {**changes, name: "zeros" if "initializer" in name else None}
+        return copy_operation(layer, **changes)
 
 
 def _fingerprint(state: Weights | Affine | None) -> Hashable:

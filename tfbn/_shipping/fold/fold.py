@@ -67,12 +67,12 @@ def fold(model: keras.Model, inputs: Any = None, *, tolerance: float | None = No
     tolerance = compare.tolerance_for(model, tolerance)
     graph = trace(model)
     rows = fold_graph(graph)
-    folded = assemble(graph, model)
+    folded, shared = assemble(graph, model)
     if inputs is None:
         inputs = compare.random_inputs(folded.input, batch_size=2)
     expected = model(inputs, training=False)
     difference = compare.difference(expected, folded(inputs, training=False))
-    folded.report = FoldReport(tuple(rows), difference, tolerance)
+    folded.report = FoldReport(tuple(rows), difference, tolerance, shared)
     if not difference <= tolerance:
         raise FoldError(
             "The folded model gives other outputs than the model. "

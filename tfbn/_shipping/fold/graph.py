@@ -24,6 +24,7 @@ class Call:
         within: The names of the models and layers that contain the call, outermost first.
         weights: For a linear layer that absorbed a map: its weights in this call.
         affine: For a batch normalization layer: the map that it computes in inference mode.
+        kept_whole: For a custom layer that contains batch normalization: why it was not opened.
         inputs: The symbolic tensors among its arguments.
     """
 
@@ -34,6 +35,7 @@ class Call:
     within: tuple[str, ...] = ()
     weights: Weights | None = None
     affine: Affine | None = None
+    kept_whole: str | None = None
     inputs: list[Any] = field(init=False)
 
     def __post_init__(self) -> None:

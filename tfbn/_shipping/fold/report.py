@@ -57,11 +57,14 @@ class FoldReport(Report):
         difference: The largest difference between outputs of the folded and of the original model,
             relative to the largest output.
         tolerance: The largest difference that was allowed.
+        shared: The names of layers that cannot be created from their config. The folded model uses
+            the layers of the original model, with the same weights, and cannot be saved as a `.keras` file.
     """
 
     rows: tuple[FoldedCall, ...]
     difference: float
     tolerance: float
+    shared: tuple[str, ...] = ()
 
     @property
     def left(self) -> tuple[FoldedCall, ...]:
@@ -76,6 +79,7 @@ class FoldReport(Report):
                 "layers": [{**asdict(row), "outcome": row.outcome.value} for row in self.rows],
                 "difference": self.difference,
                 "tolerance": self.tolerance,
+                "shared": self.shared,
             }
         )
 
@@ -84,13 +88,16 @@ class FoldReport(Report):
         return f"{self.summary()}\n\n{tables.markdown(_HEADER, self._cells())}\n"
 
     def summary(self) -> str:
-        """Returns one sentence: how many calls had which outcome, and the difference."""
+        """Returns how many calls had which outcome, and the difference, in a sentence."""
         counts = Counter(row.outcome for row in self.rows)
         parts = [f"{counts[outcome]} {outcome.value}" for outcome in Outcome if counts[outcome]]
         parts = parts or ["no batch normalization layers"]
-        return (
+        text = (
             f"{', '.join(parts)}; outputs differ by at most {self.difference:.1e} of the largest."
         )
+        if self.shared:
+            text += f" Shared with the original model: {', '.join(self.shared)}."
+        return text
 
     def __str__(self) -> str:
         return tables.text(self.summary(), _HEADER, self._cells())

@@ -33,7 +33,8 @@ def fold_graph(graph: Graph) -> list[FoldedCall]:
             rows.append(_fold_one(graph, call))
         elif isinstance(call.operation, keras.layers.Layer):
             within = (*call.within, call.name)
-            reason = f"it is inside {call}, which is kept whole"
+            why = f": {call.kept_whole}" if call.kept_whole else ""
+            reason = f"it is inside {call}, which is kept whole{why}"
             rows += [
                 FoldedCall(layer.name, within, Outcome.UNCHANGED, None, reason)
                 for layer in batch_norm_layers(call.operation)

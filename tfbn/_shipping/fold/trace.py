@@ -1,10 +1,9 @@
-"""Tracing a model into a graph without nested models.
-
-The layers of the model are not called, so that their recorded calls (`layer.output`) do not change.
-"""
+"""Tracing a model into a graph without nested models."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from inspect import signature
 from typing import Any
 
@@ -19,10 +18,14 @@ from tfbn._models.functional import (
     seen_inputs,
     without_compilation,
 )
-from tfbn._models.rebuild import Copies
 from tfbn._models.walk import CLASSES, batch_norm_layers, children, walk
 from tfbn._shipping.fold.graph import Call, Graph, Substitution, tensors
 from tfbn._support.checks import first_line
+from tfbn._support.keras_internals import calls_forgotten
+
+
+class TraceError(ValueError):
+    """Raised for a model whose graph cannot be traced."""
 
 
 def trace(model: keras.Model) -> Graph:
@@ -32,98 +35,126 @@ def trace(model: keras.Model) -> Graph:
     symbolic tensors; others are kept whole.
 
     Raises:
-        ValueError: If the model is not built, or is a subclassed model whose `call` cannot be traced.
+        ValueError: If the model is not built.
+        TraceError: If it is a subclassed model whose `call` does not work on symbolic tensors.
     """
-    return _Tracer(model).graph(model)
-
-
-class _Tracer:
-    def __init__(self, model: keras.layers.Layer) -> None:
-        self._copies = Copies(model, {})
-
-    def graph(self, model: keras.Model) -> Graph:
-        graph = _graph_of(self._functional(model))
-        originals = self._copies.originals
-        calls: list[Call] = []
-        outer = Substitution()
-        for call in graph.calls:
-            call.operation = originals.get(id(call.operation), call.operation)
-            call.replace_inputs(outer)
-            inside = self._inside(call)
-            if inside is None:
-                calls.append(call)
-                continue
-            inner = Substitution(inside.inputs, call.args)
-            for inner_call in inside.calls:
-                inner_call.replace_inputs(inner)
-                inner_call.within = (call.name, *inner_call.within)
-            outer.add(call.outputs, keras.tree.map_structure(inner, inside.outputs))
-            calls += inside.calls
-        outputs = keras.tree.map_structure(outer, graph.outputs)
-        return Graph(graph.model, graph.inputs, outputs, calls)
-
-    def _functional(self, model: keras.Model) -> keras.Model:
-        if is_functional(model):
-            return model
-        if not model.built:
-            raise ValueError(
-                "The model is not built, so its shapes are unknown. Call it on an example, or give it an "
-                f"Input. Received: model '{model.name}' of class {type(model).__name__}."
-            )
-        if isinstance(model, keras.Sequential):
-            return functional_of(model)
-        inputs = _inputs_of(model)
+    if not model.built:
+        raise ValueError(
+            "The model is not built, so its shapes are unknown. Call it on an example, or give it an "
+            f"Input. Received: model '{model.name}' of class {type(model).__name__}."
+        )
+    with _attributes_restored(walk(model)), calls_forgotten(walk(model)):
+        if _has_graph(model):
+            return _flat_graph(model)
         try:
-            return self._trace_call(model, [inputs])
+            return _flat_graph_of_call(model, [_inputs_of(model)])
         except Exception as error:  # `call` is user code, which can raise anything.
-            raise ValueError(
+            raise TraceError(
                 f"Cannot trace the model '{model.name}' of class {type(model).__name__}: its `call` "
                 f"does not work on symbolic tensors. Received: {first_line(error)} "
                 "In `call`, use only layers and keras.ops, and one argument for all inputs; or build a "
                 "Functional model."
             ) from error
 
-    def _inside(self, call: Call) -> Graph | None:
-        """Returns the graph inside a called layer, or None if the layer is to be kept whole."""
-        layer = call.operation
-        if not isinstance(layer, keras.layers.Layer) or isinstance(layer, CLASSES):
-            return None
-        known = is_functional(layer) or isinstance(layer, keras.Sequential)
-        own = is_custom(layer) and batch_norm_layers(layer)
-        if not (known or own) or set(call.kwargs) - {"training", "mask"}:
-            return None
-        if call.kwargs.get("training") or (own and call.kwargs.get("mask") is not None):
-            return None
-        try:
-            if known:
-                graph = self.graph(layer)
-            else:
-                inputs = keras.tree.map_structure(_input_like, list(call.args))
-                graph = self.graph(self._trace_call(layer, inputs))
-        except Exception:  # `call` is user code, which can raise anything on symbolic tensors.
-            return None
-        return graph if _casts_alike(graph, call) else None
 
-    def _trace_call(self, layer: keras.layers.Layer, args: list[Any]) -> keras.Model:
-        """Returns the `call` of a layer as a Functional model, made of copies of the layers that it calls."""
-        inside = {id(weight) for child in children(layer) for weight in child.weights}
-        if any(id(weight) not in inside for weight in layer.weights):
-            raise ValueError("it has weights of its own")
-        copy = self._copies.copy_and_build(layer)
-        inference = {"training": False} if "training" in signature(copy.call).parameters else {}
-        inputs = args[0] if len(args) == 1 else args
-        model = keras.Model(inputs, copy.call(*args, **inference))
-        known = self._copies.originals
-        if any(layer.weights and id(layer) not in known for layer in model.layers):
-            raise ValueError("it creates layers in its call")
-        return model
+@contextlib.contextmanager
+def _attributes_restored(layers: Iterable[keras.layers.Layer]) -> Iterator[None]:
+    """Restores on exit what calls on symbolic tensors have stored in attributes of these layers."""
+    before = [(vars(layer), dict(vars(layer))) for layer in layers]
+    try:
+        yield
+    finally:
+        for attributes, values in before:
+            for name in set(attributes) - set(values):
+                del attributes[name]
+            attributes.update(values)
+
+
+def _has_graph(layer: Any) -> bool:
+    """Whether a layer is a Functional or Sequential model that computes what its graph says."""
+    if not isinstance(layer, keras.Sequential) and not is_functional(layer):
+        return False
+    defines_call = next(kind for kind in type(layer).__mro__ if "call" in vars(kind))
+    return defines_call.__module__.startswith("keras.")
+
+
+def _flat_graph(model: keras.Model) -> Graph:
+    """Returns the graph of a Functional or Sequential model, with nested models flattened."""
+    graph = _graph_of(functional_of(model) if isinstance(model, keras.Sequential) else model)
+    calls: list[Call] = []
+    outer = Substitution()
+    for call in graph.calls:
+        call.replace_inputs(outer)
+        inside = _inside(call)
+        if inside is None:
+            calls.append(call)
+            continue
+        inner = Substitution(inside.inputs, call.args)
+        for inner_call in inside.calls:
+            inner_call.replace_inputs(inner)
+            inner_call.within = (call.name, *inner_call.within)
+        outer.add(call.outputs, keras.tree.map_structure(inner, inside.outputs))
+        calls += inside.calls
+    outputs = keras.tree.map_structure(outer, graph.outputs)
+    return Graph(graph.model, graph.inputs, outputs, calls)
+
+
+def _inside(call: Call) -> Graph | None:
+    """Returns the graph inside a called layer, or None if the layer is kept whole.
+
+    Sets `call.kept_whole` to the reason if the layer contains batch normalization.
+    """
+    layer = call.operation
+    if not isinstance(layer, keras.layers.Layer) or isinstance(layer, CLASSES):
+        return None
+    has_graph = _has_graph(layer)
+    if not has_graph and not (is_custom(layer) and batch_norm_layers(layer)):
+        return None
+    masked = not has_graph and call.kwargs.get("mask") is not None
+    if call.kwargs.get("training") or masked or set(call.kwargs) - {"training", "mask"}:
+        arguments = sorted(name for name, value in call.kwargs.items() if value is not None)
+        call.kept_whole = f"it is called with {', '.join(arguments)}"
+        return None
+    try:
+        if has_graph:
+            graph = _flat_graph(layer)
+        else:
+            args = keras.tree.map_structure(_input_like, list(call.args))
+            graph = _flat_graph_of_call(layer, args)
+    except Exception as error:  # `call` is user code, which can raise anything on symbolic tensors.
+        call.kept_whole = first_line(error).partition(". ")[0]
+        return None
+    if not _casts_alike(graph, call):
+        call.kept_whole = "it casts its inputs"
+        return None
+    return graph
+
+
+def _flat_graph_of_call(layer: keras.layers.Layer, args: list[Any]) -> Graph:
+    """Traces the `call` of a layer, and returns its graph with nested models flattened."""
+    inside = {id(weight) for child in children(layer) for weight in child.weights}
+    if any(id(weight) not in inside for weight in layer.weights):
+        raise ValueError("it has weights of its own")
+    inference = {"training": False} if "training" in signature(layer.call).parameters else {}
+    with keras.StatelessScope():  # Drops what the call assigns to variables.
+        outputs = layer.call(*args, **inference)
+    known = {id(inner) for inner in walk(layer)}
+    model = keras.Model(args[0] if len(args) == 1 else args, outputs)
+    if any(inner.weights and id(inner) not in known for inner in model.layers):
+        raise ValueError("it creates layers in its call")
+    return _flat_graph(model)
 
 
 def _inputs_of(model: keras.Model) -> Any:
-    """Returns new inputs for a subclassed model. Keras requires inputs in a dict to be named after their keys."""
+    """Returns new inputs for a model whose class defines `call`."""
+    if isinstance(model, keras.Sequential):
+        model = functional_of(model)
+    if is_functional(model):
+        return keras.tree.map_structure(lambda x: input_like(model, x), model.input)
     seen = seen_inputs(model)
     flat = keras.tree.flatten(seen)
-    taken = {layer.name for layer in walk(model, set())}
+    taken = {layer.name for layer in walk(model)}
+    # Keras requires inputs in a dict to be named after their keys.
     keys = [None if key in taken else key for key in key_names(seen)]
     inputs = [
         keras.Input(batch_shape=tensor.shape, name=key)
