@@ -122,6 +122,23 @@ def test_without_the_call_context_nothing_is_kept_and_nothing_breaks():
         pass
 
 
+def test_asking_for_the_call_context_begins_no_call():
+    """It did: whatever ran next in training mode left all later calls in training mode."""
+    seen = []
+
+    class Probe(keras.layers.Layer):
+        def call(self, x, training=None):
+            seen.append(training)
+            return x
+
+    with keras_internals.added_losses_kept(keras.layers.ReLU()):
+        pass
+    probe = Probe()
+    probe(tf.constant(1.0), training=True)
+    probe(tf.constant(1.0))
+    assert seen == [True, None]
+
+
 def test_symbolic_calls_are_forgotten():
     """Fails when Keras records symbolic calls elsewhere."""
     called, other = keras.layers.Dense(2), keras.layers.ReLU()

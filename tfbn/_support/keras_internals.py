@@ -184,8 +184,7 @@ def added_losses_kept(layer: keras.layers.Layer) -> Iterator[None]:
     nothing is kept.
     """
     replica = tf.distribute.get_replica_context()
-    context = getattr(layer, "_get_call_context", lambda: None)()
-    entry = getattr(context, "entry_layer", None)
+    entry = getattr(_call_context(), "entry_layer", None)
     alone = replica is None or replica.num_replicas_in_sync == 1
     if alone or entry is None or not hasattr(entry, "_losses"):
         yield
@@ -195,6 +194,16 @@ def added_losses_kept(layer: keras.layers.Layer) -> Iterator[None]:
     yield
     for inner, losses in zip(layers, before, strict=True):
         inner._losses[:] = losses
+
+
+def _call_context() -> Any:
+    """Keras's record of the outermost call that is running, or None.
+
+    Its method `layer._get_call_context` begins a call if none is running. Nothing would end that call, and every
+    later one would inherit its `training`.
+    """
+    state = sys.modules.get("keras.src.backend.common.global_state")
+    return getattr(state, "get_global_attribute", lambda name: None)("current_call_ctx")
 
 
 def _with_all_inside(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
