@@ -6,6 +6,10 @@ PYTEST_ARGS ?=
 
 bin := $(VENV)/bin
 python := $(bin)/python
+in_parallel := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+essential := tests/test_rooms.py tests/test_results.py tests/_support tests/_normalize tests/_models \
+  tests/_layer/test_contract.py tests/_layer/test_laws.py tests/_shipping/test_convert.py \
+  tests/_shipping/fold/test_fold.py
 pip_install := $(python) -m pip install --quiet --no-input --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -17,12 +21,26 @@ help: ## list the targets
 	@echo "Variables: PYTHON=python3.12 makes the environment with that Python, VENV=DIR puts it elsewhere."
 
 .PHONY: test
-test: lint types ## lint, check types, run the tests and print the coverage
-	$(python) -m pytest -m "not slow" --cov --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+test: lint types ## lint, check types, run the tests; on CI count coverage too
+	$(python) -m pytest -m "not slow" $(if $(CI),--cov) $(in_parallel) $(PYTEST_ARGS)
+
+.PHONY: coverage
+coverage: $(VENV)/ready ## run the tests and print the branches that they miss: a third longer
+	$(python) -m pytest -m "not slow" --cov $(in_parallel) $(PYTEST_ARGS)
+
+# What breaks most often when something else changes: the choice of kernels, the layer's contract, the algebra
+# of folding, models of every kind, and the rooms.
+.PHONY: check
+check: lint types ## the inner loop, under a minute: lint, check types, and run the tests that matter most
+	$(python) -m pytest --quiet $(in_parallel) $(essential) $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: $(VENV)/ready ## run the tests that take longest: workers that are killed, three workers, a larger data set
 	$(python) -m pytest -m slow $(PYTEST_ARGS)
+
+.PHONY: fuzz
+fuzz: $(VENV)/ready ## 10,000 random layers and batches against the oracle and Keras: half an hour
+	$(python) tests/harness/fuzz.py $(FUZZ_ARGS)
 
 .PHONY: demo
 demo: $(VENV)/ready ## train on handwritten digits and export the model

@@ -103,9 +103,7 @@ def seed() -> None:
     keras.utils.set_random_seed(0)
 
 
-@pytest.fixture(
-    params=[*CPUS, *(pytest.param(name, marks=pytest.mark.gpu) for name in GPUS)]
-)
+@pytest.fixture(params=[*CPUS, *(pytest.param(name, marks=pytest.mark.gpu) for name in GPUS)])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs once on each device that TensorFlow lists, placed there by default."""
     with tf.device(request.param):
