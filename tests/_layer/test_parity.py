@@ -12,8 +12,10 @@ import tfbn
 from cases import LAYOUTS, MODES, Case, table
 from layer_runs import assert_agree, assign, expect, for_keras, observe, stepper, weights
 from oracle import BatchNorm
+from tfbn._normalize.dispatch import SMALL
 
 EVERY_PAIR = [case for case in table(2) if case.mode != "eager"]
+EVERY_GRAPH_PAIR = table(2, mode=("graph",))
 EVERY_TRIPLE = table(3, mode=("eager",), unknown_batch=(False,))
 
 
@@ -29,13 +31,27 @@ def test_compiled_numbers_are_the_oracles_and_keras_s(case: Case) -> None:
     check_parity(case)
 
 
-def check_parity(case: Case) -> None:
+@pytest.mark.parametrize("case", EVERY_GRAPH_PAIR, ids=str)
+@pytest.mark.usefixtures("device")
+def test_numbers_are_the_oracles_at_the_size_where_graphs_change_kernels(case, monkeypatch) -> None:
+    """All other tests run as if no tensor were small (`no_tensor_is_small`)."""
+    monkeypatch.setattr("tfbn._normalize.dispatch.SMALL", SMALL)
+    check_against_the_oracle(case)
+
+
+def check_against_the_oracle(case: Case) -> dict[str, np.ndarray]:
     batches = case.batches()
     layer = tfbn.BatchNormalization(**case.arguments, dtype=case.dtype)
     layer.build(case.input_shape)
     assign(layer, case.weights())
     ours = observe(layer, batches, case.dtype, case.mode, case.unknown_batch)
     assert_agree(ours, expect(case, batches), case.dtype)
+    return ours
+
+
+def check_parity(case: Case) -> None:
+    ours = check_against_the_oracle(case)
+    batches = case.batches()
     if not case.keras_can:
         return
     stock = keras.layers.BatchNormalization(**case.arguments, dtype=keras_policy(case.dtype))
