@@ -54,6 +54,10 @@ lectures: $(VENV)/ready ## what the lectures claim, as experiments with pictures
 bench: $(VENV)/ready-bench ## measure against Keras and PyTorch
 	$(python) -m benchmarks
 
+.PHONY: docs
+docs: $(VENV)/ready-docs ## build the documentation into docs/_build/html: runs the guides, some minutes
+	$(python) -m sphinx --builder html --fail-on-warning --keep-going docs docs/_build/html
+
 .PHONY: lint
 lint: $(VENV)/ready ## check style and formatting
 	$(python) -m ruff check
@@ -76,7 +80,7 @@ test-oldest: ## run the tests with the oldest TensorFlow and Keras that we promi
 
 .PHONY: clean
 clean: ## remove what the tools and the build left behind
-	rm -rf .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist htmlcov
+	rm -rf .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist docs/_build docs/api htmlcov
 	find tfbn tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: distclean
@@ -94,6 +98,11 @@ $(VENV)/ready: pyproject.toml | $(python)
 $(VENV)/ready-bench: $(VENV)/ready
 	@echo "Installing what the benchmarks compare with into $(VENV)."
 	$(pip_install) --editable '.[bench]'
+	@touch $@
+
+$(VENV)/ready-docs: $(VENV)/ready
+	@echo "Installing what builds the documentation into $(VENV)."
+	$(pip_install) --editable '.[docs]'
 	@touch $@
 
 $(python):

@@ -133,7 +133,7 @@ def line(result: dict[str, Any]) -> str:
 
 
 def section(run: dict[str, Any]) -> str:
-    """What README shows of a run."""
+    """The table of a run on the page of numbers."""
     e = run["environment"]
     versions = ", ".join(f"{n} {e['versions'][n]}" for n in ("tensorflow", "keras"))
     rows = []
@@ -152,9 +152,9 @@ def section(run: dict[str, Any]) -> str:
     head = ["", "as it is", "folded", "without BN", "folded: times as fast"]
     head += ["folded: of the time without BN", "by tfbn.export: times as fast"]
     return (
-        f"Milliseconds a batch of {SIZE}×{SIZE} images, served as SavedModels by TensorFlow alone; {e['processor']}, "
-        f"{e['threads']} threads; {versions}; {run['date']}; medians of {run['turns']} turns, "
-        "ratios too: turn by turn, hence not quotients of the columns. In brackets: what a run is to show.\n\n"
+        f"Milliseconds per batch of {SIZE}×{SIZE} images, served as SavedModels by TensorFlow alone; {e['processor']}, "
+        f"{e['threads']} threads; {versions}; {run['date']}. Medians of {run['turns']} turns; the ratios are "
+        "medians of ratios turn by turn, not quotients of the columns. In brackets: what a run must reach.\n\n"
         + table(head, rows)
     )
 

@@ -28,8 +28,8 @@ from benchmarks import (
     floor,
     gpu,
     models,
+    page,
     race,
-    readme,
     results,
     tables,
 )
@@ -368,29 +368,29 @@ def test_a_contender_that_a_case_lacks_has_no_ratio_there():
     assert results.ratios(run["results"], "keras", "tfbn") == {cases.CPU_SHAPES[1]: 0.25}
 
 
-# README
+# The page of numbers
 
 
-def test_the_tables_of_the_readme_are_those_of_the_committed_results():
-    text = (ROOT / "README.md").read_text()
-    assert readme.rendered(text) == text, "Run: python -m benchmarks.readme"
-    committed = {f"{readme.RESULTS}/{path.name}" for path in (ROOT / readme.RESULTS).glob("*.json")}
-    shown = {name for _, name, _, _ in readme.MARKED.findall(text)}
-    linked = {f"{page}.json" for page in re.findall(rf"\(({readme.RESULTS}/\w+)\.md\)", text)}
+def test_the_tables_of_the_page_are_those_of_the_committed_results():
+    text = page.PAGE.read_text()
+    assert page.rendered(text) == text, "Run: python -m benchmarks.page"
+    committed = {f"{page.RESULTS}/{path.name}" for path in (ROOT / page.RESULTS).glob("*.json")}
+    shown = {name for _, name, _, _ in page.MARKED.findall(text)}
+    linked = {f"{page.RESULTS}/{name}.json" for name in re.findall(r"\(results/(\w+)\.md\)", text)}
     assert shown | linked == committed
 
 
-def test_a_table_of_the_readme_is_generated_anew_from_the_json(run):
+def test_a_table_of_the_page_is_generated_anew_from_the_json(run):
     found, path = run
     marked = f"before\n<!-- {path.name} -->\nold\n<!-- end of {path.name} -->\nafter\n"
-    text = readme.rendered(marked, path.parent)
+    text = page.rendered(marked, path.parent)
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
     assert "| 6×8 |" in text
-    assert readme.rendered(text, path.parent) == text
+    assert page.rendered(text, path.parent) == text
     path.with_name("less.json").write_text(json.dumps(found | {"results": found["results"][:1]}))
-    assert readme.rendered(text.replace(path.name, "less.json"), path.parent) != text
+    assert page.rendered(text.replace(path.name, "less.json"), path.parent) != text
 
 
 # The command line

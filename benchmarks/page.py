@@ -1,10 +1,11 @@
-"""README's tables of results: written between markers, from the JSON files that the markers name.
+"""The results on the page of numbers and in README: written between markers from the JSON files they name.
 
 Usage:
-    python -m benchmarks.readme
+    python -m benchmarks.page
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,45 @@ from benchmarks.results import geometric_mean, ratios, select, value
 from benchmarks.tables import floor_multiples, kinds, setting, table
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/numbers.md"
 README = ROOT / "README.md"
 RESULTS = Path("benchmarks/results")
 MARKED = re.compile(r"(<!-- (\S+\.json) -->\n)(.*?)(<!-- end of \2 -->)", re.DOTALL)
 COLUMNS = {"keras": "Keras 3", "tf_keras": "tf_keras (Keras 2)", "torch": "PyTorch", OURS: "tfbn"}
 
 
-def rendered(text: str, root: Path = ROOT) -> str:
-    """The text with everything between markers generated anew."""
+def rendered(
+    text: str, root: Path = ROOT, show: Callable[[dict[str, Any]], str] | None = None
+) -> str:
+    """The text with everything between markers replaced by `show` of the run, by default its `section`."""
 
     def replace(match: re.Match[str]) -> str:
         begin, name, _, end = match.groups()
-        return f"{begin}\n{section(results.load(root / name))}\n\n{end}"
+        return f"{begin}\n{(show or section)(results.load(root / name))}\n\n{end}"
 
     return MARKED.sub(replace, text)
 
 
 def section(run: dict[str, Any]) -> str:
-    """What README shows of a run; a part for which the run has no numbers is left out."""
+    """The tables of a run on the page of numbers. A part without results is left out."""
     if run.get("suite") == "serving":
         return serving.section(run)
     parts = [setting(run), _layers(run), _ratios(run), _models(run)]
     return "\n\n".join(part for part in parts if part)
+
+
+def figures(run: dict[str, Any]) -> str:
+    """The three figures that README quotes: how much faster a layer and two networks train."""
+    kind = {"phase": "train", "mode": "graph", "precision": "float32"}
+    layers = ratios(select(run, suite="layers", **kind), "keras", OURS)
+    networks = ratios(select(run, suite="models", **kind), "keras", OURS)
+    e = run["environment"]
+    return (
+        f"Training in graph mode and float32 on {e['cores']} cores of an {e['processor']}, compared with Keras "
+        f"{e['versions']['keras']}: the layer is **{geometric_mean(layers.values()):.1f} times** as fast (geometric "
+        f"mean over {len(layers)} shapes), a step of MobileNetV2 **{networks['MobileNetV2']:.1f} times**, and a "
+        f"step of ResNet50 **{networks['ResNet50']:.1f} times**."
+    )
 
 
 def _layers(run: dict[str, Any]) -> str:
@@ -55,7 +73,7 @@ def _layers(run: dict[str, Any]) -> str:
     ]
     columns = [COLUMNS[name] for name in names]
     return (
-        "Milliseconds a layer, forward and backward, graph mode, float32, in a stack of 8 layers "
+        "Milliseconds per layer, forward and backward, in graph mode and float32, in a stack of 8 layers "
         "(`@1`: channels on axis 1):\n\n"
         + table(["", *columns, "Keras 3 / tfbn", "tfbn / 8 passes over memory"], rows)
     )
@@ -92,15 +110,16 @@ def _models(run: dict[str, Any]) -> str:
             rows.append([what, *entries, _number(ratios([r], "keras", OURS).get(r["subject"]))])
     if not rows:
         return ""
-    return "Milliseconds a step (and megabytes at the peak):\n\n" + table(
+    return "Milliseconds per step (and peak memory in MB):\n\n" + table(
         ["", *(COLUMNS[name] for name in names), "Keras 3 / tfbn"], rows
     )
 
 
 def _number(number: float | None) -> str:
-    """Three digits; without any for what was not measured."""
+    """Three digits, or a dash where nothing was measured."""
     return "–" if number is None else f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 if __name__ == "__main__":
-    README.write_text(rendered(README.read_text()))
+    PAGE.write_text(rendered(PAGE.read_text()))
+    README.write_text(rendered(README.read_text(), show=figures))
