@@ -48,7 +48,10 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", r"(?!tfbn\.|keras\.|tf\.).*"),
     # Not public yet
-    ("py:.*", r"(tfbn\.)?(FoldError|ExportError|Diagnosis|Finding|LayerEvidence|Recalibration|LayerChange|FoldReport)"),
+    (
+        "py:.*",
+        r"(tfbn\.)?(FoldError|ExportError|Diagnosis|Finding|LayerEvidence|Recalibration|LayerChange|FoldReport)",
+    ),
 ]
 
 # The API pages
@@ -74,6 +77,8 @@ nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_output_stderr = "remove"  # what TensorFlow logs
+nb_render_markdown_format = "gfm"  # with tables
 copybutton_exclude = ".linenos, .gp, .go"
 
 # MathJax, in one file that comes with a package: a page fetches nothing from the network.

@@ -45,11 +45,11 @@ def problems(folder: Path) -> dict[str, list[str]]:
             target = (path.parent / unquote(url.path)).resolve() if url.path else path
             if target.is_dir():
                 target /= "index.html"
+            anchors = pages[target].anchors if target in pages else {url.fragment}
             if not target.is_file():
                 found[name].append(f"{link}: no such file")
-            elif url.fragment and target in pages:
-                if unquote(url.fragment) not in pages[target].anchors:
-                    found[name].append(f"{link}: no such anchor")
+            elif url.fragment and unquote(url.fragment) not in anchors:
+                found[name].append(f"{link}: no such anchor")
     return dict(found)
 
 
@@ -58,7 +58,9 @@ def check(app: Any, exception: Exception | None) -> None:
         return
     from sphinx.errors import ExtensionError
 
-    lines = [f"{name}: {p}" for name, ps in problems(Path(app.outdir).resolve()).items() for p in ps]
+    lines = [
+        f"{name}: {p}" for name, ps in problems(Path(app.outdir).resolve()).items() for p in ps
+    ]
     if lines:
         raise ExtensionError("The site has broken links:\n" + "\n".join(sorted(set(lines))))
 

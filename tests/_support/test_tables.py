@@ -58,3 +58,9 @@ def test_markdown_aligns_likewise_and_escapes_bars():
     lines = tables.markdown(HEADER, [*ROWS, ["a|b", "2", ""]]).splitlines()
     assert lines[1] == "| --- | ---: | --- |"
     assert lines[-1] == "| a\\|b | 2 |  |"
+
+
+def test_in_a_notebook_the_table_is_still_text(renderer, monkeypatch):
+    if sys.modules["rich.console"] is not None:
+        monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert "block/norm" in tables.text("Title", HEADER, ROWS)

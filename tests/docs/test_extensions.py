@@ -125,7 +125,9 @@ def test_a_sentence_with_a_colon_is_no_type():
 
 def test_broken_links_and_parts_from_the_network_are_found(tmp_path):
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/index.html").write_text('<h1 id="top">Top</h1><a href="../a.html#here">a</a>')
+    (tmp_path / "folder/index.html").write_text(
+        '<h1 id="top">Top</h1><a href="../a.html#here">a</a>'
+    )
     (tmp_path / "a.html").write_text(
         '<p id="here"><a href="folder/#top">fine</a> <a href="#here">fine</a> <a href="https://keras.io">fine</a>'
         '<a href="lost.html">lost</a> <a href="folder/#lost">lost</a>'

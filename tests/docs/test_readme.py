@@ -92,7 +92,8 @@ def missing(command: str) -> str:
         return " ".join(target for target in arguments if target not in targets)
     if program == "tfbn":
         helped = commands.parser("tfbn").format_help()
-        return "" if re.search(rf"^    {arguments[0]} ", helped, re.MULTILINE) else arguments[0]
+        known = re.findall(r"^ +(\S+)", helped, re.MULTILINE)
+        return "" if arguments[0] in {*known, "--help"} else arguments[0]
     if program == "python" and arguments[0] == "-m":
         return (
             ""

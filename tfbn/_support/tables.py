@@ -66,7 +66,11 @@ def _rich(header: Row, rows: Sequence[Row], width: int) -> list[str]:
     for row in rows:
         table.add_row(*row)
     page = io.StringIO()
-    rich.console.Console(file=page, width=width, markup=False, highlight=False).print(table)
+    # In a notebook, rich would display the table by itself instead of writing it to the page.
+    console = rich.console.Console(
+        file=page, width=width, markup=False, highlight=False, force_jupyter=False
+    )
+    console.print(table)
     return [line.rstrip() for line in page.getvalue().splitlines() if line.strip()]
 
 
