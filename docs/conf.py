@@ -45,14 +45,7 @@ exclude_patterns = ["_build", "_extensions", "_static", "_templates"]
 # must be found.
 default_role = "py:obj"
 nitpicky = True
-nitpick_ignore_regex = [
-    ("py:obj", r"(?!tfbn\.|keras\.|tf\.).*"),
-    # Not public yet
-    (
-        "py:.*",
-        r"(tfbn\.)?(FoldError|ExportError|Diagnosis|Finding|LayerEvidence|Recalibration|LayerChange|FoldReport)",
-    ),
-]
+nitpick_ignore_regex = [("py:obj", r"(?!tfbn\.|keras\.|tf\.).*")]
 
 # The API pages
 templates_path = ["_templates"]
@@ -60,6 +53,9 @@ autodoc_typehints = "none"  # the docstrings say it in words
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_attr_annotations = False
+autodoc_inherit_docstrings = False
 napoleon_use_admonition_for_examples = False
 napoleon_custom_sections = [
     ("Call arguments", "params_style"),
