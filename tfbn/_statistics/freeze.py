@@ -76,6 +76,10 @@ def unfreeze(
     Raises:
         TypeError: As `freeze` does.
         ValueError: As `freeze` does.
+
+    Example:
+        >>> tfbn.unfreeze(model)
+        >>> model.compile("adam", loss)
     """
     for layer in _selected_layers("unfreeze", model, statistics, affine, within):
         if isinstance(layer, BatchNormalization):
