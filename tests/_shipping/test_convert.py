@@ -385,7 +385,7 @@ def test_a_layer_whose_inside_hangs_on_more_than_its_config_is_refused():
         tfbn.convert(keras.Model(x, growing(x)))
 
 
-def test_a_functional_class_with_a_constructor_of_its_own_becomes_a_plain_model():
+def test_a_functional_class_that_its_config_cannot_create_becomes_a_plain_model():
     class Named(keras.Model):
         def __init__(self, width: int) -> None:
             x = keras.Input((4,))

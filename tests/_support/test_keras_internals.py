@@ -158,3 +158,36 @@ def test_without_the_lists_of_calls_nothing_is_forgotten():
     vars(layer)["_inbound_nodes"] = vars(layer)["_outbound_nodes"] = None
     with keras_internals.calls_forgotten([layer]):
         pass
+
+
+def test_keras_still_keeps_graphs_where_we_know():
+    inputs = keras.Input((3,))
+    old, new = keras.layers.ReLU(name="old"), keras.layers.Softmax(name="new")
+    outputs = keras.layers.Dense(2)(old(inputs) + old(2.0 * inputs))
+    model = keras.Model(inputs, outputs)
+    keras_internals.replace_in_graph(model, [(old, new)])
+    assert new in model.layers
+    assert old not in model.layers
+    calls = keras.Model(inputs, outputs).get_config()["layers"]
+    assert [len(call["inbound_nodes"]) for call in calls if call["config"]["name"] == "new"] == [2]
+    x = tf.constant([[1.0, 2.0, 3.0]])
+    expected = model.layers[-1](tf.nn.softmax(x) + tf.nn.softmax(2.0 * x))
+    tf.debugging.assert_near(model(x), expected)
+
+
+def test_a_graph_that_keras_keeps_elsewhere_is_refused():
+    layer = keras.layers.ReLU()
+    model = keras.Sequential([keras.Input((3,)), layer], name="chain")
+    with pytest.raises(ValueError, match=r"graph of Keras .* Received: model 'chain' of class Seq"):
+        keras_internals.replace_in_graph(model, [(layer, keras.layers.ReLU())])
+
+
+def test_keras_still_keeps_paths_where_we_know():
+    old, new = keras.layers.Dense(2, name="old"), keras.layers.Dense(2, name="new")
+    for layer in (old, new):
+        layer.build((None, 3))
+    keras_internals.copy_path(old, new)
+    keras_internals.copy_path(old.kernel, new.kernel)
+    assert (new.path, new.kernel.path, new.bias.path) == ("old", "old/kernel", "new/bias")
+    keras_internals.copy_path(object(), new)
+    assert new.path == "old"

@@ -1,15 +1,18 @@
-"""Copying a single layer: its config, its build, its weights and state, and its place in a parent."""
+"""Copying a single layer: its config, its build, its weights and state."""
 
 import contextlib
 import inspect
 import tempfile
+import types
 import warnings
 from typing import Any
 
 import keras
 
+from tfbn._models.functional import is_custom
+from tfbn._models.walk import layers_inside, walk
 from tfbn._support.checks import first_line
-from tfbn._support.keras_internals import replace_tracked_layer
+from tfbn._support.keras_internals import copy_path
 
 
 def copy_operation(operation: keras.Operation, **changes: Any) -> keras.Operation:
@@ -23,19 +26,59 @@ def copy_operation(operation: keras.Operation, **changes: Any) -> keras.Operatio
         ValueError: If the layer cannot be created from its config.
     """
     try:
-        config = {**operation.get_config(), **changes}
-        if isinstance(operation, keras.layers.Lambda):
-            return _copy_lambda(operation, config)
-        new = type(operation).from_config(_for_constructor(type(operation), config))
+        with custom_classes_of(operation), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Keras warns that lambdas cannot be saved safely.
+            config = operation.get_config()
+            config = {**_without_builds(config), **_functions_of(operation, config), **changes}
+            if isinstance(operation, keras.layers.Lambda):
+                return _copy_lambda(operation, config)
+            new = type(operation).from_config(_for_constructor(type(operation), config))
         new.name = config.get("name", operation.name)
         return new
     except Exception as error:  # The class of the user can raise anything.
+        kind = type(operation).__name__
         raise ValueError(
-            f"Cannot copy the layer '{operation.name}' of class {type(operation).__name__} from its config. "
+            f"Cannot copy the layer '{operation.name}' of class {kind} from its config. "
             f"Received: {first_line(error)} "
-            f"Give {type(operation).__name__} a `get_config` that returns the arguments of its `__init__`, "
-            "which Keras also needs to save the layer."
+            f"Give {kind} a `get_config` that returns the arguments of its `__init__`, which Keras also needs to "
+            "save the layer."
         ) from error
+
+
+def custom_classes_of(
+    operation: keras.Operation,
+) -> contextlib.AbstractContextManager[Any]:
+    """While open, Keras finds the unregistered classes of this layer and of the layers inside it."""
+    found: dict[str, set[type]] = {}
+    for layer in (
+        walk(operation, inside=layers_inside) if isinstance(operation, keras.Layer) else ()
+    ):
+        for kind in type(layer).__mro__ if is_custom(layer) else ():
+            if issubclass(kind, keras.Layer) and not kind.__module__.startswith("keras."):
+                found.setdefault(keras.saving.get_registered_name(kind), set()).add(kind)
+    unique = {name: kinds.pop() for name, kinds in found.items() if len(kinds) == 1}
+    return keras.saving.custom_object_scope(unique)
+
+
+def _without_builds(config: Any) -> Any:
+    """The config without those with which Keras would build inner layers, outside of their name scopes."""
+    if isinstance(config, dict):
+        return {k: _without_builds(v) for k, v in config.items() if k != "build_config"}
+    if type(config) in (list, tuple):
+        return type(config)(map(_without_builds, config))
+    return config
+
+
+def _functions_of(
+    operation: keras.Operation, config: dict[str, Any]
+) -> dict[str, types.FunctionType]:
+    """The functions, such as activations, that Keras cannot create again: lambdas and unregistered ones."""
+    return {
+        name: value
+        for name, saved in config.items()
+        if isinstance(saved, dict)
+        and isinstance(value := getattr(operation, name, None), types.FunctionType)
+    }
 
 
 def _for_constructor(kind: Any, config: dict[str, Any]) -> dict[str, Any]:
@@ -73,22 +116,34 @@ def build_alike(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
         new.build_from_config(old.get_build_config())
 
 
-def move_weights(
-    old: keras.layers.Layer, new: keras.layers.Layer, moved: set[int] | None = None
-) -> None:
-    """Assigns the weights of one layer to those of another, except those whose `id` is in `moved`."""
-    moved = set() if moved is None else moved
-    shapes = [[tuple(weight.shape) for weight in layer.weights] for layer in (old, new)]
+def own_weights(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """The weights of a layer without those of the layers inside it."""
+    inside = {id(weight) for inner in layers_inside(layer) for weight in inner.weights}
+    return [weight for weight in layer.weights if id(weight) not in inside]
+
+
+def check_weights(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
+    """Checks that a copy has weights of its own with the shapes of those of the original.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    shapes = [[tuple(weight.shape) for weight in own_weights(layer)] for layer in (old, new)]
     if shapes[0] != shapes[1]:
+        kind = type(old).__name__
         raise ValueError(
-            f"Cannot copy the layer '{old.name}' of class {type(old).__name__}: created from its config, it has "
-            f"other weights. Received: shapes {shapes[1]} instead of {shapes[0]}. "
-            f"Let {type(old).__name__} create all of its weights in `__init__` or `build`, from its config."
+            f"Cannot copy the layer '{old.name}' of class {kind}: created from its config, it has other weights. "
+            f"Received: shapes {shapes[1]} instead of {shapes[0]}. "
+            f"Let {kind} create all of its weights in `__init__` or `build`, from its config."
         )
-    for source, target in zip(old.weights, new.weights, strict=True):
-        if id(target) not in moved:
-            target.assign(source)
-            moved.add(id(target))
+
+
+def move_weights(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
+    """Assigns the weights of one layer to those of another, except those of the layers inside them."""
+    copy_path(old, new)
+    for source, target in zip(own_weights(old), own_weights(new), strict=True):
+        target.assign(source)
+        copy_path(source, target)  # A constructor numbers layers without a name anew.
 
 
 def move_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
@@ -102,37 +157,3 @@ def move_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
         with tempfile.TemporaryDirectory() as folder:
             old.save_assets(folder)
             new.load_assets(folder)
-
-
-def swap_child(
-    parent: keras.layers.Layer, old: keras.layers.Layer, new: keras.layers.Layer
-) -> None:
-    """Replaces a layer inside its parent: in attributes, tuples, lists and dicts.
-
-    Assigning the attribute is not enough: Keras keeps tracking the old layer, and a parent that is built
-    tracks no new ones.
-    """
-    replace_tracked_layer(parent, old, new)
-    for name, value in list(vars(parent).items()):
-        if value is old:
-            setattr(parent, name, new)
-        elif isinstance(value, tuple) and any(item is old for item in value):
-            setattr(parent, name, tuple(new if item is old else item for item in value))
-        else:
-            _swap_item(value, old, new)
-
-
-def _swap_item(container: Any, old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    # Bypasses the tracking of Keras's own lists and dicts: the tracker was updated above.
-    if isinstance(container, list):
-        for index, item in enumerate(container):
-            if item is old:
-                list.__setitem__(container, index, new)
-            else:
-                _swap_item(item, old, new)
-    elif isinstance(container, dict):
-        for key, item in container.items():
-            if item is old:
-                dict.__setitem__(container, key, new)
-            else:
-                _swap_item(item, old, new)

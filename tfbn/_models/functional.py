@@ -1,6 +1,8 @@
 """The inputs and outputs of a model, as its Keras graph or its build config records them."""
 
 import contextlib
+import inspect
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +12,57 @@ import keras
 def is_functional(layer: Any) -> bool:
     """Whether this is a Functional model, that is, a model with a Keras graph."""
     return isinstance(layer, keras.Model) and isinstance(layer, keras.Function)
+
+
+def clones_graph(model: keras.layers.Layer) -> bool:
+    """Whether a model is copied layer by layer along its graph, rather than created from its config.
+
+    That is so for Functional and Sequential models, unless their class has its own constructor (Functional)
+    or its own config (Sequential), from which it creates its layers.
+    """
+    if isinstance(model, keras.Sequential):
+        return type(model).get_config is keras.Sequential.get_config
+    if not is_functional(model):
+        return False
+    constructor = inspect.getfullargspec(type(model).__init__)
+    takes_anything = bool(constructor.varargs and constructor.varkw)
+    return takes_anything or constructor.args[1:] == ["inputs", "outputs", "name"]
+
+
+def with_class_of(model: keras.Model, clone: keras.Model) -> keras.Model:
+    """The clone of a Sequential model as an instance of its class, if the class adds no constructor."""
+    if isinstance(model, keras.Sequential) and type(model).__init__ is keras.Sequential.__init__:
+        object.__setattr__(clone, "__class__", type(model))
+    return clone
+
+
+def match_graph(old: keras.Model, new: keras.Model) -> None:
+    """Gives the operations of a graph the names of those of another, which must be connected alike.
+
+    Raises:
+        ValueError: If the graphs differ.
+    """
+    kinds = [[type(operation).__name__ for operation in m.operations] for m in (old, new)]
+    if kinds[0] == kinds[1]:
+        for source, target in zip(old.operations, new.operations, strict=True):
+            target.name = source.name
+    if kinds[0] != kinds[1] or _connections(old) != _connections(new):
+        raise ValueError(
+            f"Cannot copy the model '{old.name}' of class {type(old).__name__}: created from its config, it has "
+            "another graph."
+        )
+    new.output_names = list(old.output_names)
+
+
+def _connections(model: keras.Model) -> list[Any] | None:
+    """Which operation gets which tensors, by name. None if Keras cannot tell."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = keras.Model(model.inputs, model.outputs).get_config()
+    except Exception:  # A custom layer without a config.
+        return None
+    return [*(layer["inbound_nodes"] for layer in config["layers"]), config["output_layers"]]
 
 
 def functional_of(model: keras.Sequential) -> keras.Model:

@@ -1,6 +1,6 @@
 """Finding the layers of a model, however they are nested."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
 import keras
@@ -35,27 +35,41 @@ def batch_norm_layers(model: keras.layers.Layer) -> list[BatchNormLayer]:
     return [layer for layer in walk(model) if isinstance(layer, CLASSES)]
 
 
-def walk(layer: keras.layers.Layer, seen: set[int] | None = None) -> Iterator[keras.layers.Layer]:
+def children(layer: keras.layers.Layer) -> Iterable[keras.layers.Layer]:
+    """The layers directly inside a layer that its calls can reach, in order of definition."""
+    if isinstance(layer, keras.Model):
+        return layer.layers
+    return tracked_layers(layer)
+
+
+def layers_inside(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """The layers directly inside a layer, with those that a Functional model holds outside of its graph."""
+    if not isinstance(layer, keras.Function):
+        return list(children(layer))
+    called = [operation for operation in layer.operations if isinstance(operation, keras.Layer)]
+    seen = set(map(id, called))
+    return [*called, *(other for other in tracked_layers(layer) if id(other) not in seen)]
+
+
+def walk(
+    layer: keras.layers.Layer,
+    seen: set[int] | None = None,
+    inside: Callable[[keras.layers.Layer], Iterable[keras.layers.Layer]] = children,
+) -> Iterator[keras.layers.Layer]:
     """This layer and all layers inside it, parents first, each once.
 
     Args:
         layer: A layer or model.
         seen: The `id` of each layer to skip. Layers that were visited are added to it.
+        inside: Which layers are directly inside a layer: `children` or `layers_inside`.
     """
     seen = set() if seen is None else seen
     if id(layer) in seen:
         return
     seen.add(id(layer))
     yield layer
-    for child in children(layer):
-        yield from walk(child, seen)
-
-
-def children(layer: keras.layers.Layer) -> Iterable[keras.layers.Layer]:
-    """The layers directly inside a layer, in order of definition."""
-    if isinstance(layer, keras.Model):
-        return layer.layers
-    return tracked_layers(layer)
+    for child in inside(layer):
+        yield from walk(child, seen, inside)
 
 
 def name_of(layer: keras.layers.Layer) -> str:

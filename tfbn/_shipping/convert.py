@@ -7,7 +7,7 @@ import keras
 
 from tfbn._layer.batch_normalization import BatchNormalization
 from tfbn._models.rebuild import rebuild
-from tfbn._models.walk import CLASSES, BatchNormLayer, batch_norm_layers
+from tfbn._models.walk import CLASSES, BatchNormLayer, batch_norm_layers, layers_inside, walk
 
 
 def convert(
@@ -50,7 +50,8 @@ def convert(
             "`to` must be tfbn.BatchNormalization or keras.layers.BatchNormalization. "
             f"Received: to={to!r}."
         )
-    layers = batch_norm_layers(model)
+    batch_norm_layers(model)  # Refuses what is not a layer.
+    layers = [x for x in walk(model, inside=layers_inside) if isinstance(x, CLASSES)]
     return rebuild(model, {id(layer): _converted(layer, to, synchronized) for layer in layers})
 
 

@@ -49,17 +49,18 @@ def tracked_layers(layer: keras.layers.Layer) -> Iterable[keras.layers.Layer]:
     if tracked is not None:
         return tracked
     # Keras's own lists come first among the attributes, so the last occurrence counts.
-    return reversed(dict.fromkeys(reversed(list(_layers_in(vars(layer).values())))))
+    return reversed(dict.fromkeys(reversed(list(layers_in(vars(layer).values())))))
 
 
-def _layers_in(values: Iterable[object]) -> Iterator[keras.layers.Layer]:
+def layers_in(values: Iterable[object]) -> Iterator[keras.layers.Layer]:
+    """The layers among these values, and in lists, tuples and dicts among them."""
     for value in values:
         if isinstance(value, keras.layers.Layer):
             yield value
         elif isinstance(value, dict):
-            yield from _layers_in(value.values())
+            yield from layers_in(value.values())
         elif isinstance(value, list | tuple):
-            yield from _layers_in(value)
+            yield from layers_in(value)
 
 
 def replace_tracked_layer(
@@ -71,7 +72,7 @@ def replace_tracked_layer(
     the parent is built. Without the tracker only the attributes change.
     """
     tracker = getattr(parent, "_tracker", None)
-    if tracker is not None:
+    if tracker is not None and tracker.is_in_store("layers", old):
         tracker.replace_tracked_value("layers", old, new)
 
 
@@ -236,3 +237,40 @@ def calls_forgotten(layers: Iterable[keras.layers.Layer]) -> Iterator[None]:
     finally:
         for record, length in zip(records, lengths, strict=True):
             del record[length:]
+
+
+def replace_in_graph(
+    model: keras.Model, swaps: Iterable[tuple[keras.layers.Layer, keras.layers.Layer]]
+) -> None:
+    """Makes the graph of a Functional model call other layers, with the same arguments and outputs.
+
+    Keras records a call in a node that both layers and tensors refer to, and can only clone graphs. Its
+    own clone of a model of a custom class is a plain `keras.Model`.
+
+    Raises:
+        ValueError: If Keras no longer keeps the graph where this function expects it.
+    """
+    for old, new in swaps:
+        nodes = getattr(old, "_inbound_nodes", None)
+        if nodes is None or not hasattr(model, "_inputs_struct"):
+            raise ValueError(
+                f"tfbn cannot replace layers in a graph of Keras {keras.__version__}. Received: model "
+                f"'{model.name}' of class {type(model).__name__}."
+            )
+        for index, node in enumerate(nodes, start=len(new._inbound_nodes)):
+            node.operation = new
+            for tensor in node.outputs:
+                history = tensor._keras_history._replace(operation=new, node_index=index)
+                tensor._keras_history = history
+        for name in ("_inbound_nodes", "_outbound_nodes"):
+            vars(new)[name], vars(old)[name] = [*vars(new)[name], *vars(old)[name]], []
+    mapped = keras.Function(model._inputs_struct, model._outputs_struct)
+    for name in ("_nodes", "_nodes_by_depth", "_operations", "_operations_by_depth"):
+        # Past Keras's tracking of layers, and known to `tf.train.Checkpoint`.
+        tf.Module.__setattr__(model, name, vars(mapped)[name])
+
+
+def copy_path(old: Any, new: Any) -> None:
+    """Gives a layer or a variable the path of another; without the private attribute it keeps its own."""
+    if hasattr(old, "_path") and hasattr(new, "_path"):
+        new._path = old._path

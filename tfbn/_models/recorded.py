@@ -1,0 +1,173 @@
+"""Custom layers that save which batch normalization layers they hold.
+
+Keras saves a custom layer as the arguments of its constructor. A batch normalization layer that the
+constructor creates comes back as it is written there, whatever it was replaced with. A recorded layer has
+a subclass of its class, which adds the batch normalization layers to the config and puts them back when
+it is created from that config: in `load_model`, `clone_model` and `from_config`. PyTorch's
+parametrizations change the class of a module in the same way, for the same reason.
+"""
+
+import functools
+import warnings
+from typing import Any
+
+import keras
+
+from tfbn._models.copy_layer import custom_classes_of
+from tfbn._models.functional import clones_graph, is_custom
+from tfbn._models.replace_layers import replace_inside
+from tfbn._models.walk import CLASSES, BatchNormLayer, layers_inside, walk
+
+KEY = "tfbn_batch_normalization"
+"""The entry that recorded layers add to the config of their class."""
+
+
+def record_batch_norms(model: keras.layers.Layer) -> None:
+    """Makes `model.save` save batch normalization layers that the constructors of custom layers do not create.
+
+    Changes the class of those custom layers to a subclass with the same name. A custom layer whose config
+    tells which batch normalization layers it holds, such as a wrapper, keeps its class. So does a layer that
+    Keras cannot load at all.
+
+    Args:
+        model: A model or layer.
+
+    Warns:
+        UserWarning: If loading a layer would give other batch normalization layers all the same.
+    """
+    lost = []
+    for layer in reversed(
+        _custom_layers(model)
+    ):  # The config of a parent may include its children.
+        expected = list(map(_settings, _batch_norms_inside(layer)))
+        kind = original_class(type(layer))
+        _set_class(layer, kind)
+        if _loaded_settings(layer) in (expected, None):
+            continue
+        _set_class(layer, _recorded_class(kind))
+        if _loaded_settings(layer) != expected:
+            lost.append(f"'{layer.name}' of class {kind.__name__}")
+    if lost:
+        warnings.warn(
+            "Saving and loading the model, or cloning it, loses the batch normalization layers inside "
+            f"{', '.join(lost)}: created from its config, each holds other layers. Save the weights instead of "
+            "the model, and convert again after loading.",
+            stacklevel=4,
+        )
+
+
+def original_class(kind: type) -> Any:
+    """The class that a recorded class is a subclass of. Any other class is its own."""
+    return vars(kind).get("_tfbn_original", kind)
+
+
+@functools.cache
+def _recorded_class(kind: Any) -> type:
+    @functools.wraps(kind.get_config)  # Keras looks for attributes of this function.
+    def get_config(self: Any) -> dict[str, Any]:
+        saved = [keras.saving.serialize_keras_object(norm) for norm in _batch_norms_inside(self)]
+        layers = [{k: v for k, v in norm.items() if k != "build_config"} for norm in saved]
+        original = {
+            "module": kind.__module__,
+            "class_name": kind.__name__,
+            "registered_name": keras.saving.get_registered_name(kind),
+        }
+        record = {"layer": original, "shapes": self.get_build_config(), "layers": layers}
+        return {**kind.get_config(self), KEY: record}
+
+    def __reduce__(self: Any) -> Any:
+        _, file = kind.__reduce__(self)
+        return kind._unpickle_model, file  # Python finds `kind` by its name, but not its subclass.
+
+    namespace = {
+        **{name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")},
+        "_tfbn_original": kind,
+        "get_config": get_config,
+        "from_config": classmethod(_from_config),
+        "__reduce__": __reduce__,
+    }
+    return _register(type(kind)(kind.__name__, (kind,), namespace))
+
+
+def _register(kind: Any) -> Any:
+    """Registers a class under the name that all recorded classes share: the config tells them apart."""
+    return keras.saving.register_keras_serializable("tfbn", "Recorded")(kind)
+
+
+def _from_config(cls: Any, config: dict[str, Any]) -> keras.layers.Layer:
+    """Creates a layer of its original class, puts its batch normalization layers back, and records it again."""
+    config = dict(config)
+    record = config.pop(KEY, None)
+    if record is None:
+        return original_class(cls).from_config(config)
+    layer = _create(cls, record["layer"], config)
+    made = _batch_norms_inside(layer)
+    if len(made) != len(record["layers"]):  # It creates them in `build`.
+        layer = _create(cls, record["layer"] | {"build_config": record["shapes"]}, config)
+        made = _batch_norms_inside(layer)
+    if len(made) != len(record["layers"]):
+        kind = type(layer).__name__
+        raise ValueError(
+            f"Cannot load the layer '{layer.name}' of class {kind}: it was saved with {len(record['layers'])} "
+            f"batch normalization layers, and creates {len(made)} from its config. Received: config={config}. "
+            f"Let {kind} create all of its layers in `__init__` or `build`, from its config."
+        )
+    saved = map(keras.saving.deserialize_keras_object, record["layers"])
+    replace_inside(layer, {id(old): new for old, new in zip(made, saved, strict=True)})
+    for inside in _custom_layers(layer):
+        _set_class(inside, _recorded_class(original_class(type(inside))))
+    return layer
+
+
+def _create(cls: Any, original: dict[str, Any], config: dict[str, Any]) -> keras.layers.Layer:
+    """Creates a layer of its original class, which only `cls` may know if it is not registered."""
+    name, kind = original["registered_name"], original_class(cls)
+    known = {name: kind} if keras.saving.get_registered_name(kind) == name else {}
+    return keras.saving.deserialize_keras_object({**original, "config": config}, known)
+
+
+@_register
+class _Recorded:
+    """Loads recorded layers in a process that has not recorded any yet."""
+
+    from_config = classmethod(_from_config)
+
+    def get_config(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+def _set_class(layer: keras.layers.Layer, kind: type) -> None:
+    object.__setattr__(layer, "__class__", kind)  # Keras's own `__setattr__` tracks values.
+
+
+def _custom_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """The layers that hold batch normalization and are created from their configs by a custom class."""
+    return [
+        layer
+        for layer in walk(model, inside=layers_inside)
+        if is_custom(layer)
+        and not isinstance(layer, CLASSES)
+        and not clones_graph(layer)
+        and _batch_norms_inside(layer)
+    ]
+
+
+def _batch_norms_inside(layer: keras.layers.Layer) -> list[BatchNormLayer]:
+    return [inner for inner in walk(layer, inside=layers_inside) if isinstance(inner, CLASSES)]
+
+
+def _loaded_settings(layer: keras.layers.Layer) -> list[Any] | None:
+    """The settings of the batch normalization layers that Keras would load, or None if it cannot load the layer."""
+    try:
+        with custom_classes_of(layer), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = type(layer).from_config(layer.get_config())
+            if len(_batch_norms_inside(loaded)) != len(_batch_norms_inside(layer)):
+                loaded.build_from_config(layer.get_build_config())
+    except Exception:  # The class of the user can raise anything.
+        return None
+    return list(map(_settings, _batch_norms_inside(loaded)))
+
+
+def _settings(layer: BatchNormLayer) -> tuple[type, dict[str, Any]]:
+    return type(layer), {**layer.get_config(), "name": None, "trainable": None}
