@@ -4,10 +4,8 @@
     python -m benchmarks.statistics --batch 128 --turns 20
 
 Whoever is compared runs in the same process and in turns; a ratio is the median of those of all turns.
-Nothing is counted that is done once: building, tracing, the first run.
 """
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,10 +17,8 @@ import tensorflow as tf
 
 import tfbn
 from benchmarks import command_line, memory, models
-from tfbn._data.multi_pass import MultiPassReader
 from tfbn._layer import moving_average
 from tfbn._moments.moments import Moments
-from tfbn._statistics.plan import plan_passes
 
 MORE = 20
 """How many times as much data must not take more memory."""
@@ -51,31 +47,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def recalibration(model: keras.Model, data: tf.data.Dataset, turns: int) -> list[str]:
-    """A pass of each kind, against one that only runs the model in inference mode."""
+    """A pass of each kind against one that only runs the model in inference mode, and what is done once.
+
+    Recalibrating on the data twice over takes one pass more, and traces the model as often.
+    """
     infer = tf.function(lambda x: model(x, training=False), autograph=False)
 
     def inference() -> None:
         for batch in data:
             infer(batch)
 
+    def recalibrate(upstream: str, times: int) -> Callable[[], Any]:
+        return lambda: tfbn.recalibrate(model, data.repeat(times), upstream=upstream)
+
     lines = []
     for upstream in ("batch", "population"):
-        recalibrate, passes = _recalibration(model, data, upstream)
-        runs = {"inference": inference, upstream: recalibrate}
-        seconds = measured(runs, max(3, turns // passes))
-        times = ratio(seconds, upstream, "inference") / passes
-        lines.append(f'upstream="{upstream}": a pass takes {times:.2f} of an inference pass')
+        runs = {
+            "inference": inference,
+            "once": recalibrate(upstream, 1),
+            "twice": recalibrate(upstream, 2),
+        }
+        seconds = {name: np.array(values) for name, values in measured(runs, turns).items()}
+        one_pass = seconds["twice"] - seconds["once"]
+        times = float(np.median(one_pass / seconds["inference"]))
+        fixed = float(np.median(seconds["once"] - one_pass))
+        lines.append(
+            f'upstream="{upstream}": a pass takes {times:.2f} of an inference pass, and what is done once '
+            f"{fixed:.2f} s"
+        )
     return lines
-
-
-def _recalibration(
-    model: keras.Model, data: tf.data.Dataset, upstream: str
-) -> tuple[Callable[[], None], int]:
-    """What reads the data as often as it takes, once all is traced; and how often that is."""
-    feed = MultiPassReader(data, None, None, verbose=False)
-    _, population = plan_passes(model, feed, upstream, None, include_frozen=False)
-    numbers = itertools.count()
-    return lambda: population.measure(lambda _: feed.read(next(numbers))), population.passes
 
 
 def peaks(model: keras.Model, data: tf.data.Dataset) -> str:

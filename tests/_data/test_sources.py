@@ -19,6 +19,7 @@ class Sequence(keras.utils.PyDataset):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.ended = 0
+        self.begun = 0
 
     def __len__(self):
         return -(-N // BATCH)
@@ -26,6 +27,10 @@ class Sequence(keras.utils.PyDataset):
     def __getitem__(self, index):
         rows = slice(index * BATCH, (index + 1) * BATCH)
         return X[rows], Y[rows], W[rows]
+
+    def on_epoch_begin(self):
+        assert self.begun == self.ended
+        self.begun += 1
 
     def on_epoch_end(self):
         self.ended += 1
@@ -119,16 +124,16 @@ def test_each_pass_is_shuffled_by_the_seed_and_its_number(kind):
             assert sorted(epoch) == IN_ORDER
 
 
-def test_a_PyDataset_is_told_of_the_end_of_each_pass():
+def test_a_PyDataset_is_told_of_the_beginning_and_the_end_of_each_pass():
     data = Sequence()
     opened = stream(data)
     for passes in (1, 2):
         rows(opened)
-        assert data.ended == passes
+        assert data.begun == data.ended == passes
     later = Sequence()
     opened = Stream("data", as_source("data", later, BATCH, True, 0))
     opened.open((4, 1))
-    assert later.ended == 4
+    assert (later.begun, later.ended) == (5, 4)
 
 
 def test_arrays_may_be_nested_and_keep_their_dtypes():

@@ -1,14 +1,19 @@
 """Reading a data set several times, and checking that each pass sees the same examples."""
 
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfbn._data.sources import ArraySource, as_source, spec_of
 from tfbn._support.checks import check_count
 from tfbn._support.reports import count
+
+SAMPLED = 1000
+"""How many bytes of an example are compared between passes."""
 
 
 class MultiPassReader:
@@ -49,7 +54,8 @@ class MultiPassReader:
             )
         self._steps = steps
         self._verbose = verbose
-        self._passes = 1
+        self._rounds = 1
+        self._digest = 0
         self._bar: keras.utils.Progbar | None = None
         self._done = 0
         self.batches = 0
@@ -63,39 +69,53 @@ class MultiPassReader:
             )
         self.spec = self._source.spec or spec_of(self._ahead)
 
-    def expect(self, passes: int) -> None:
-        """Announces the number of passes.
+    def expect(self, passes: int, rounds: int | None = None) -> None:
+        """Announces how often the data will be read, and how often its batches will be worked on.
+
+        Args:
+            passes: The number of passes over the data.
+            rounds: How often each batch counts in the progress bar; by default once a pass.
 
         Raises:
             ValueError: If the data can be read only once, and there is more than one pass.
         """
-        if passes > 1 and not self._source.replays:
-            raise ValueError(
-                "The data can be read only once, but this takes several passes. Pass arrays, a "
-                "tf.data.Dataset, or a function that returns a new iterator, such as the generator function "
-                'itself; or pass upstream="batch", which takes one pass. '
-                f"Received: an iterator, {count(passes, 'pass', 'passes')}."
-            )
-        self._passes = passes
-        steps = self._source.steps if self._steps is None else self._steps
-        target = None if steps is None else steps * passes
-        self._bar = keras.utils.Progbar(target, unit_name="batch") if self._verbose else None
+        self._check_replays(passes)
+        self._rounds = passes if rounds is None else rounds
+        self._bar = keras.utils.Progbar(None, unit_name="batch") if self._verbose else None
 
-    def read(self, number: int) -> Iterator[tuple[Any, Any]]:
+    def tick(self) -> None:
+        """Counts a batch in the progress bar."""
+        self._done += 1
+        if self._bar is not None:
+            batches = self.batches or self._expected_batches()
+            self._bar.target = None if batches is None else batches * self._rounds
+            self._bar.update(self._done)
+
+    def multiple_of(self, examples: int) -> float:
+        """Returns how many times this number of examples the data has; 0 if that is not known yet."""
+        if self.examples:
+            return self.examples / examples if examples else 0
+        return self._expected_batches() or 0
+
+    def read(self, number: int, compare: bool = False) -> Iterator[tuple[Any, Any]]:
         """Yields the batches of the pass with this number, each with its spec.
 
+        Args:
+            number: The number of the pass, from 0.
+            compare: Whether the examples must be the same in all passes that compare.
+
         Raises:
-            ValueError: If the data ends before ``steps`` batches, has no examples, or has other numbers of
-                batches or examples than in the first pass.
+            ValueError: If the data ends before ``steps`` batches, has no examples, has other numbers of
+                batches or examples than in the first pass, or cannot be read again.
         """
-        batches = examples = 0
+        self._check_replays(number + 1)
+        batches = examples = digest = 0
         for batch in self._begin(number):
             batches += 1
             examples += self.size(batch)
+            digest += digest_of(batch) if compare else 0
             yield batch, self._source.spec or spec_of(batch)
-            self._done += 1
-            if self._bar is not None:
-                self._bar.update(self._done)
+            self.tick()
             if batches == self._steps:
                 break
         if self._steps is not None and batches < self._steps:
@@ -104,18 +124,22 @@ class MultiPassReader:
                 f"`steps`, or more data. Received: steps={self._steps}."
             )
         if number == 0:
-            self.batches, self.examples = batches, examples
+            self.batches, self.examples, self._digest = batches, examples, digest
             if examples == 0:
                 raise ValueError(
                     "The data has no examples: all batches are empty. Check how it is filtered. "
                     f"Received: {count(batches, 'batch', 'batches')} of 0 examples."
                 )
-        elif (batches, examples) != (self.batches, self.examples):
+        elif (batches, examples) != (self.batches, self.examples) or (
+            compare and digest != self._digest
+        ):
+            same = ", others than before" * ((batches, examples) == (self.batches, self.examples))
             raise ValueError(
                 "The data changed between two passes. Each pass must see the same examples, in any order. "
-                'Store random data with `dataset.cache()`, or pass upstream="batch", which takes one pass. '
+                "Store random or reshuffled data with `dataset.cache()`, or pass "
+                'upstream="batch", which takes one pass. '
                 f"Received: {count(self.examples, 'example')} in {count(self.batches, 'batch', 'batches')}, "
-                f"then {examples} in {batches}."
+                f"then {examples} in {batches}{same}."
             )
 
     @staticmethod
@@ -124,6 +148,19 @@ class MultiPassReader:
         parts = [part for part in tf.nest.flatten(batch) if part is not None and part.shape.rank]
         return int(tf.shape(parts[0])[0]) if parts else 1
 
+    def _expected_batches(self) -> int | None:
+        """The number of batches in a pass, if it is known before."""
+        return self._source.steps if self._steps is None else self._steps
+
+    def _check_replays(self, passes: int) -> None:
+        if passes > 1 and not self._source.replays:
+            raise ValueError(
+                "The data can be read only once, but this takes several passes. Pass arrays, a "
+                "tf.data.Dataset, or a function that returns a new iterator, such as the generator function "
+                'itself; or pass upstream="batch", which takes one pass. '
+                f"Received: an iterator, {count(passes, 'pass', 'passes')}."
+            )
+
     def _begin(self, number: int) -> Iterator[Any]:
         if number > 0:
             yield from self._source.start(number)
@@ -131,6 +168,21 @@ class MultiPassReader:
         yield self._ahead
         self._ahead = None  # Frees the memory.
         yield from self._first
+
+
+def digest_of(batch: Any) -> int:
+    """Returns a number that depends on the examples in a batch, but not on their order.
+
+    It samples about a thousand bytes of each example. Sparse and ragged tensors do not count.
+    """
+    digest = 0
+    for part in tf.nest.flatten(batch):
+        if isinstance(part, tf.Tensor) and part.shape.rank and part.dtype != tf.string:
+            values = np.ascontiguousarray(part.numpy()).view(np.uint8)
+            rows = values.reshape(len(part), values.size // max(1, len(part)))
+            sampled = np.ascontiguousarray(rows[:, :: max(1, rows.shape[1] // SAMPLED)])
+            digest += sum(map(zlib.crc32, sampled))
+    return digest
 
 
 class _Reiterable:

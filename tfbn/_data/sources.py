@@ -132,6 +132,7 @@ class PyDatasetSource:
         self._dataset = dataset
         self._shuffle = shuffle
         self._finished = 0
+        self._is_open = False
         self.seed = seed
         self.steps = dataset.num_batches
         self.endless = self.steps is None
@@ -139,7 +140,7 @@ class PyDatasetSource:
     def start(self, index: int) -> Iterator[Any]:
         """Returns the batches of this pass, read ahead by as many threads as the data set has workers."""
         while self._finished < index:
-            self._dataset.on_epoch_begin()
+            self._begin_pass()
             self._finish_pass()
         if self.steps is None:
             return self._read(itertools.count())
@@ -149,7 +150,7 @@ class PyDatasetSource:
         return self._read(order.tolist())
 
     def _read(self, order: Iterable[int]) -> Iterator[Any]:
-        self._dataset.on_epoch_begin()
+        self._begin_pass()
         if self._dataset.workers <= 1:
             yield from (as_tensors(self._dataset[index]) for index in order)
         else:
@@ -163,8 +164,14 @@ class PyDatasetSource:
                     yield as_tensors(ahead.popleft().result())
         self._finish_pass()
 
+    def _begin_pass(self) -> None:
+        if not self._is_open:  # A pass that was left early is still open.
+            self._dataset.on_epoch_begin()
+            self._is_open = True
+
     def _finish_pass(self) -> None:
         self._dataset.on_epoch_end()
+        self._is_open = False
         self._finished += 1
 
 
@@ -245,6 +252,7 @@ def describe(data: Any) -> str:
 
     def kind(part: Any) -> str:
         shape = getattr(part, "shape", None)
-        return type(part).__name__ + ("" if shape is None else str(tuple(shape)))
+        name = "Tensor" if isinstance(part, tf.Tensor) else type(part).__name__
+        return name + ("" if shape is None else str(tuple(shape)))
 
     return str(tf.nest.map_structure(kind, data)).replace("'", "")[:500]

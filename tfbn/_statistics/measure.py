@@ -1,60 +1,87 @@
-r"""What batch normalization layers see over a whole data set, in as few passes over it as it takes.
+r"""What batch normalization layers see over a whole data set.
 
-Normalizing by the statistics of all data needs them first, and those of a layer depend on what the
-layers before it do with theirs. So the calls are sorted into levels by what feeds what, and each
-level takes one pass: calls that do not feed each other share it. Calls of earlier levels normalize
-by what their passes found.
+To normalize by the statistics of all data, a layer needs them first, and they depend on what the layers
+before it do with theirs. So the calls are measured level by level (see `cut_graph`): the part of the
+model before a level runs on all batches, and from then on the calls of that level normalize by what was
+found. What crosses the cut at a level is kept for the next one, so that each part of the model runs once.
+If it does not fit into the cache, the next level starts from the last cut that was kept, or from the data.
 
-The model is traced once, into a function that returns the moments of all calls. A pass asks it for
-those of its level, and TensorFlow drops what these do not need: only the part of the model before
-them runs. A call in a branch or a loop cannot return tensors from there; it pools its moments where
-it is, and the model is then traced once for each pass.
+With ``upstream="batch"``, each layer normalizes by the statistics of the batch, and all of it runs at once.
 """
 
-import contextlib
+import dataclasses
+import functools
 import itertools
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tfbn._data import sharding
+from tfbn._data.multi_pass import MultiPassReader
 from tfbn._layer import arguments
-from tfbn._models.intercept import intercept_calls, isolated_tracing
+from tfbn._models.intercept import intercept_calls
 from tfbn._models.walk import BatchNormLayer, name_of, strategy_of
-from tfbn._moments.moments import Moments
-from tfbn._normalize.by_hand import without_gradients
-from tfbn._statistics.layer_call import LayerCall, MomentAccumulator, normalize_by_batch, values
-from tfbn._statistics.levels import Call, levels
+from tfbn._statistics.checkpoint import Batch, Checkpoint
+from tfbn._statistics.cut_graph import DATA
+from tfbn._statistics.layer_call import LayerCall, normalize_by_batch
+from tfbn._statistics.packed_moments import SPEC, merge_packed, unpack
+from tfbn._statistics.tensor_cache import CacheFullError, TensorCache, in_bytes
+from tfbn._statistics.traced_model import Forward, Summary, TracedModel, flat, replica_number
+from tfbn._support.reports import count
 
-Forward = Callable[[keras.layers.Layer, Any], Any]
-# Of the inputs of a call, its axes and mask, and the moments that it is measured or normalized by.
-Summary = Callable[[tf.Tensor, Sequence[int], tf.Tensor | None, Moments], Moments]
-ONCE = Moments(1.0, 0.0, 0.0)
+
+@dataclasses.dataclass(frozen=True)
+class CacheUse:
+    """How `tfbn.recalibrate` kept the tensors between the levels of a model.
+
+    Attributes:
+        memory: The most bytes that it held in memory.
+        disk: The most bytes that it held in temporary files.
+        recomputed: For how many levels it could not keep them, so that the next level computed a larger
+            part of the model again.
+        reason: Why, if there are any.
+    """
+
+    memory: int = 0
+    disk: int = 0
+    recomputed: int = 0
+    reason: str = ""
+
+    def described(self) -> str:
+        """Returns what to add to the title of a report."""
+        held = {"memory": self.memory, "files": self.disk}
+        parts = [f"; {in_bytes(size)} kept in {place}" for place, size in held.items() if size]
+        if self.recomputed:
+            parts.append(f"; {count(self.recomputed, 'level')} not kept: {self.reason}")
+        return "".join(parts)
 
 
 class StatisticsPasses:
     """Measures what every call of some layers sees over a data set.
 
-    Everything in the model runs in inference mode, except these layers: they normalize by the
-    statistics of all data or, with ``upstream="batch"``, by those of each batch. Nothing of the
-    model changes.
+    Everything in the model runs in inference mode, except for these layers. They normalize by the
+    statistics of all data or, with ``upstream="batch"``, by those of each batch. The model does not change.
 
     Args:
         model: A built model.
         layers: Built batch normalization layers of it.
-        forward: Runs the model on a batch, in inference mode.
+        forward: Runs the model on a batch in inference mode.
         spec: The nested `tf.TypeSpec` of a batch.
         upstream: "population" or "batch".
-        summaries: What else to pool for each call, beside the moments of its inputs.
+        summaries: What else to measure of each call, beside the moments of its inputs.
+        cache: Keeps the tensors between levels.
 
     Attributes:
-        sites: The calls, in their order.
-        passes: How many passes over the data it takes.
-        forward: As given.
-        strategy: Over whose replicas each batch is shared out.
+        calls: The calls, in order.
+        levels: How many levels are measured one after the other: 1 with ``upstream="batch"``.
+        passes: How often `measure` has read the data.
+        cache_use: How it has used the cache.
+        forward: The argument.
+        strategy: The strategy whose replicas share each batch.
+
+    Raises:
+        ValueError: If a layer is called inside of a graph loop or branch.
     """
 
     def __init__(
@@ -66,207 +93,166 @@ class StatisticsPasses:
         spec: Any,
         upstream: str,
         summaries: Sequence[Summary] = (),
+        cache: TensorCache | None = None,
     ):
         self._model = model
         self._layers = layers
-        self.forward = forward
         self._exact = upstream == "population"
         self._summaries = summaries
+        self._cache = TensorCache() if cache is None else cache
+        self._traced: dict[Any, TracedModel] = {}
+        self._merge = tf.function(merge_packed, input_signature=[SPEC, SPEC], autograph=False)
+        self.forward = forward
         self.strategy = strategy_of(model)
-        calls = self._calls(spec)
-        steps = levels([call for _, call in calls]) if self._exact else [0] * len(calls)
-        self.passes = 1 + max(steps, default=-1)
-        with self.strategy.scope():
-            self.sites = [
-                LayerCall(layer, level, call.nested)
-                for (layer, call), level in zip(calls, steps, strict=True)
-            ]
-            # One for all calls of a level, and one for each nested call, which counts its runs too.
-            self._pools = {
-                level: MomentAccumulator([shape for site in sites for shape in self._shapes(site)])
-                for level in range(self.passes)
-                if (sites := self._side_by_side(level))
-            }
-            self._nested = {
-                site: MomentAccumulator([*self._shapes(site), ()])
-                for site in self.sites
-                if site.nested
-            }
-        self._observe = tf.function(self._observed, autograph=False)
-        self._compiled: dict[Any, Callable[[Any], None]] = {}
-        self._running = threading.local()
+        self.passes = 0
+        self.cache_use = CacheUse()
+        first = self._trace(spec)
+        self.calls = [LayerCall(*pair) for pair in zip(first.layers, first.levels, strict=True)]
+        self.levels = 1 + max(first.levels, default=0) if self._exact else 1
 
-    def measure(self, batches: Callable[[int], Iterable[tuple[Any, Any]]]) -> None:
-        """Runs all passes.
-
-        Args:
-            batches: Gives the batches of the pass of this number, each with its spec.
+    def measure(self, reader: MultiPassReader) -> None:
+        """Measures all calls.
 
         Raises:
             NotFiniteError: If the inputs of a layer are not finite.
-            ValueError: If a call runs in a loop, so that its statistics depend on what it does to
-                itself, or if the model calls other layers for some batches than for the first.
+            ValueError: If the model calls other layers for some batches than for the first, or if the data
+                must be read again but cannot, or has changed.
         """
-        for level in range(self.passes):
-            count = 0
-            for batch, spec in batches(level):
-                self._step(spec, level)(batch)
-                count += 1
-            with self.strategy.scope():
-                self._conclude(level, count)
-
-    def _side_by_side(self, level: int) -> list[LayerCall]:
-        """The calls of a level that can return their moments."""
-        return [site for site in self.sites if site.level == level and not site.nested]
-
-    def _shapes(self, site: LayerCall) -> list[Sequence[int]]:
-        """Those of what is pooled for a call."""
-        return [site.layer.moving_mean.shape] * (1 + len(self._summaries))
-
-    def _calls(self, spec: Any) -> list[tuple[BatchNormLayer, Call]]:
-        """All calls of the layers, in the order in which the model makes them."""
-        calls: list[tuple[BatchNormLayer, Call]] = []
-
-        def trace(batch: Any) -> None:
-            graph = tf.compat.v1.get_default_graph()
-
-            def record(
-                layer: BatchNormLayer,
-                infer: Any,
-                inputs: Any,
-                training: Any = None,
-                mask: Any = None,
-            ) -> tf.Tensor:
-                output = tf.identity(infer(inputs, training=False, mask=mask))
-                read = [tf.convert_to_tensor(part) for part in (inputs, mask) if part is not None]
-                calls.append((layer, Call(read, output, output.graph is not graph)))
-                return output
-
-            with intercept_calls(self._layers, record):
-                self.forward(self._model, batch)
-
-        with isolated_tracing():
-            tf.function(trace, autograph=False).get_concrete_function(spec)
-        return calls
-
-    def _step(self, spec: Any, level: int) -> Callable[[Any], None]:
-        """The compiled function that takes a batch into the pools of this level."""
-        key = (level, *tf.nest.flatten(spec))
-        if key not in self._compiled:
-
-            def step(batch: Any) -> None:
-                with self._replaced():
-                    self.strategy.run(self._take, args=(batch, level))
-
-            with isolated_tracing():
-                function = tf.function(step, autograph=False).get_concrete_function(spec)
-            self._compiled[key] = function
-        return self._compiled[key]
-
-    @without_gradients()  # once more: strategy.run may start a thread for each replica
-    def _take(self, batch: Any, level: int) -> None:
-        """One replica's part of a batch."""
-        arguments = (sharding.local_shard(batch), level if self._nested else None)
-        observe: Callable[..., list[list[Moments]]] = self._observed
-        # Traced once for all passes. By batches there is one pass, in which replicas may meet.
-        if self._exact:
-            observe = self._observe.get_concrete_function(*arguments)
-        seen = dict(zip(self.sites, observe(*arguments), strict=True))
-        if level in self._pools:
-            sites = self._side_by_side(level)
-            self._pools[level].add([summary for site in sites for summary in seen[site]])
-
-    def _observed(self, batch: Any, level: int | None) -> list[list[Moments]]:
-        """Runs the model on a batch; what its calls see."""
-        seen: list[list[Moments]] = []
-
-        def observe(site: LayerCall, x: tf.Tensor, axes: Sequence[int], mask: Any) -> tf.Tensor:
-            if self._exact:
-                y, moments = site.normalize(x, axes, mask), values(x, axes, mask)
-            else:
-                y, moments = normalize_by_batch(site.layer, x, axes, mask)
-            summaries = [moments, *(summary(x, axes, mask, moments) for summary in self._summaries)]
-            if site.nested and site.level == level:
-                self._nested[site].add([*summaries, ONCE])
-            seen.append([] if site.nested else summaries)
-            return y
-
-        self._run(batch, observe)
-        return seen
+        if not self._exact:
+            self._measure_by_batch(reader)
+            return
+        with self._cache:
+            checkpoint = None
+            for level in range(self.levels):
+                checkpoint = self._measure_level(level, reader, checkpoint)
+        self.cache_use = dataclasses.replace(
+            self.cache_use, memory=self._cache.peak_memory, disk=self._cache.peak_disk
+        )
 
     def predict(self, batch: Any, upstream: str) -> Any:
-        """What the model gives for a batch if its layers normalize by what was found, or by the batch.
+        """Returns the outputs of the model if its layers normalize by what was measured, or by the batch.
 
-        Called while a graph is traced, after `measure`.
+        Call it while tracing a function, after `measure`.
         """
-
-        def normalize(site: LayerCall, *inputs: Any) -> tf.Tensor:
-            if upstream == "population":
-                return site.normalize(*inputs)
-            return normalize_by_batch(site.layer, *inputs)[0]
-
-        with self._replaced():
-            return self._run(batch, normalize)
-
-    def _run(self, batch: Any, normalize: Callable[..., tf.Tensor]) -> Any:
-        """Runs the model on a batch, with ``normalize(site, x, axes, mask)`` in place of the layers' calls."""
-        called: list[BatchNormLayer] = []
-        expected = [site.layer for site in self.sites]
-
-        def call(layer: BatchNormLayer, infer: Callable, inputs: Any, mask: Any) -> tf.Tensor:
-            called.append(layer)
-            if called != expected[: len(called)]:  # An error, once Keras is out of the way.
-                return infer(inputs, training=False, mask=mask)
-            x = tf.convert_to_tensor(inputs)
-            axes = arguments.resolved_axes(layer.axis, x.shape)
-            mask = None if mask is None else arguments.fitted_mask(mask, x)
-            return normalize(self.sites[len(called) - 1], x, axes, mask)
-
-        self._running.call = call
-        outputs = self.forward(self._model, batch)
-        if called != expected:
-            raise ValueError(
-                "The model calls other batch normalization layers for this batch than for the first: "
-                "it must run alike on all. Group the data by what the model does with it, and pass "
-                f"each part alone. Received: calls of {[name_of(layer) for layer in called]} in place of "
-                f"{[name_of(layer) for layer in expected]}."
-            )
-        return outputs
-
-    @contextlib.contextmanager
-    def _replaced(self) -> Iterator[None]:
-        """While open, the layers' calls are what the `_run` of their thread makes of them.
-
-        Open around all replicas: where synchronized layers meet, they take turns in threads of their own.
-        """
+        numbers = itertools.count()
 
         def run(
-            layer: BatchNormLayer, infer: Any, inputs: Any, training: Any = None, mask: Any = None
+            layer: BatchNormLayer, call: Any, inputs: Any, training: Any = None, mask: Any = None
         ) -> tf.Tensor:
-            return self._running.call(layer, infer, inputs, mask)
+            x = tf.convert_to_tensor(inputs)
+            axes = arguments.resolved_axes(layer.axis, x.shape)
+            if upstream == "population":
+                return self.calls[next(numbers)].normalize(x, axes)
+            mask = None if mask is None else arguments.fitted_mask(mask, x)
+            return normalize_by_batch(layer, x, axes, mask)[0]
 
         with intercept_calls(self._layers, run):
-            yield
+            return self.forward(self._model, batch)
 
-    def _conclude(self, level: int, batches: int) -> None:
-        """Tells the calls of a level what was found about them."""
-        if level in self._pools:
-            found = iter(self._pools[level].read())
-            for site in self._side_by_side(level):
-                site.conclude(list(itertools.islice(found, 1 + len(self._summaries))))
-        for site, pool in self._nested.items():
-            if site.level == level:
-                *own, turns = pool.read()
-                self._check_runs_once(site, int(turns.count), batches)
-                site.conclude(own)
+    def _trace(self, spec: Any) -> TracedModel:
+        """Traces the model once for each kind of batch."""
+        key = tuple(tf.nest.flatten(spec))
+        if key not in self._traced:
+            traced = TracedModel.trace(self._model, self._layers, self.forward, spec, self.strategy)
+            if self._traced:
+                self._check_calls(traced)
+            self._traced[key] = traced
+        return self._traced[key]
 
-    def _check_runs_once(self, site: LayerCall, turns: int, batches: int) -> None:
-        """Raises if a call whose turns each have statistics of their own has several in a batch."""
-        if self._exact and turns > batches * self.strategy.num_replicas_in_sync:
+    def _check_calls(self, traced: TracedModel) -> None:
+        """Raises unless the model calls the same layers as for the first batch."""
+        expected = [call.layer for call in self.calls]
+        if traced.layers != expected:
             raise ValueError(
-                "A batch normalization layer runs in a loop of the graph, as tf.while_loop, tf.map_fn and "
-                "recurrent layers make them. What it sees in one turn depends on what it did in the one "
-                "before, and there is no telling the turns apart. Unroll the loop (`unroll=True` in "
-                'Keras\'s recurrent layers), or pass upstream="batch". '
-                f"Received: layer {name_of(site.layer)!r}, {turns} turns in {batches} batches."
+                "The model called different batch normalization layers than on the first batch; every batch "
+                "must call the same layers in the same order. Group the data by what the model does with "
+                "it, and pass each group separately. "
+                f"Received: calls of {[name_of(layer) for layer in traced.layers]} instead of "
+                f"{[name_of(layer) for layer in expected]}."
             )
+
+    def _read(self, reader: MultiPassReader) -> Iterator[Batch]:
+        """Reads the data once more."""
+        self.passes += 1
+        for batch, spec in reader.read(self.passes - 1, compare=self.levels > 1):
+            traced = self._trace(spec)
+            parts = dict.fromkeys(traced.graphs, flat(batch))
+            yield Batch(traced, reader.size(batch), parts)
+
+    def _measure_by_batch(self, reader: MultiPassReader) -> None:
+        totals: dict[int, tf.Tensor] = {}
+        steps: dict[TracedModel, Any] = {}
+        self.passes = 1
+        for batch, spec in reader.read(0):
+            traced = self._trace(spec)
+            if traced not in steps:
+                steps[traced] = traced.batch_step(self.calls, self._summaries)
+            moments = self.strategy.experimental_local_results(steps[traced](batch))
+            self._add(totals, dict(zip(traced.graphs, moments, strict=True)))
+        self._finish(self.calls, totals)
+
+    def _measure_level(
+        self, level: int, reader: MultiPassReader, source: Checkpoint | None
+    ) -> Checkpoint | None:
+        """Measures the calls of a level.
+
+        Returns:
+            Where the next level can start; None for the data.
+        """
+        start = DATA if source is None else source.level
+        keeping = level < self.levels - 1 and self._cache.kind != "none"
+        kept = Checkpoint(self._cache, level)
+        totals: dict[int, tf.Tensor] = {}
+
+        @functools.cache
+        def segments(traced: TracedModel) -> dict[int, Any]:
+            return traced.segments(start, level, self.calls, self._summaries, keeping)
+
+        for number, batch in enumerate(self._read(reader) if source is None else source):
+            crossing, moments = {}, {}
+            for replica, segment in segments(batch.traced).items():
+                with tf.device(batch.traced.devices[replica]):
+                    *crossing[replica], moments[replica] = segment(*batch.parts[replica])
+            self._add(totals, moments)
+            if source is not None:
+                reader.tick()
+            if not keeping:
+                continue
+            try:
+                if number == 0:
+                    self._cache.check(crossing.values(), reader.multiple_of(batch.examples))
+                if source is not None:
+                    source.free(number)  # Before the next one takes its place.
+                kept.append(dataclasses.replace(batch, parts=crossing))
+            except CacheFullError as error:
+                keeping = False
+                kept.clear()
+                self._note(str(error))
+        self._finish([call for call in self.calls if call.level == level], totals)
+        if keeping:
+            return kept
+        return source if source is not None and source.intact else None
+
+    def _note(self, reason: str) -> None:
+        self.cache_use = dataclasses.replace(
+            self.cache_use,
+            recomputed=self.cache_use.recomputed + 1,
+            reason=self.cache_use.reason or reason,
+        )
+
+    def _add(self, totals: dict[int, tf.Tensor], moments: dict[int, tf.Tensor]) -> None:
+        """Adds the packed moments of a batch on each replica."""
+        for replica, new in moments.items():
+            totals[replica] = self._merge(totals[replica], new) if replica in totals else new
+
+    def _finish(self, calls: Sequence[LayerCall], totals: dict[int, tf.Tensor]) -> None:
+        """Merges the moments of all replicas, and tells the calls."""
+        with self.strategy.scope():
+            here = self.strategy.run(lambda: totals[replica_number()][tf.newaxis])
+            parts = tf.unstack(self.strategy.gather(here, axis=0))
+            total = functools.reduce(merge_packed, parts)
+            each = 1 + len(self._summaries)
+            shapes = [call.layer.moving_mean.shape for call in calls for _ in range(each)]
+            found = iter(unpack(total, shapes))
+            for call in calls:
+                call.set_moments(list(itertools.islice(found, each)))

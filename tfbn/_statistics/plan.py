@@ -7,9 +7,13 @@ import keras
 import tensorflow as tf
 
 from tfbn._data.multi_pass import MultiPassReader
+from tfbn._data.sources import describe
 from tfbn._layer.batch_normalization import BatchNormalization
 from tfbn._models.walk import BatchNormLayer, batch_norm_layers, name_of, statistics_are_frozen
-from tfbn._statistics.measure import Forward, StatisticsPasses, Summary
+from tfbn._statistics.measure import StatisticsPasses
+from tfbn._statistics.tensor_cache import TensorCache
+from tfbn._statistics.traced_model import Forward, Summary
+from tfbn._support.checks import first_line
 from tfbn._support.reports import count
 
 UPSTREAM = ("population", "batch")
@@ -23,6 +27,7 @@ def plan_passes(
     *,
     include_frozen: bool,
     summaries: Sequence[Summary] = (),
+    cache: TensorCache | None = None,
 ) -> tuple[list[BatchNormLayer], StatisticsPasses]:
     """Returns all batch normalization layers of a model, and the passes that measure those not frozen.
 
@@ -33,6 +38,7 @@ def plan_passes(
         forward: Runs the model on a batch; by default `run_model`.
         include_frozen: Whether to measure frozen layers, too.
         summaries: What else to measure of each call.
+        cache: Keeps the tensors between levels.
 
     Raises:
         TypeError: If `model` is not a Keras model or layer.
@@ -40,8 +46,10 @@ def plan_passes(
     """
     if upstream not in UPSTREAM:
         raise ValueError(f"`upstream` must be one of {UPSTREAM}. Received: upstream={upstream!r}.")
-    forward = run_model if forward is None else forward
     batch_norm_layers(model)  # Raises if it is not a layer.
+    if forward is None:
+        _check_preprocessing(model)
+    forward = _explained(run_model if forward is None else forward)
     if not model.built:
         tf.function(lambda batch: forward(model, batch), autograph=False).get_concrete_function(
             reader.spec
@@ -67,13 +75,41 @@ def plan_passes(
         spec=reader.spec,
         upstream=upstream,
         summaries=summaries,
+        cache=cache,
     )
-    if not passes.sites:
+    if not passes.calls:
         raise ValueError(
             "Running the model on a batch called none of its batch normalization layers. Pass a `forward` "
             f"that does. Received: model {model.name!r}, layers {[name_of(layer) for layer in measured]}."
         )
     return layers, passes
+
+
+def fit_data(model: keras.layers.Layer, data: Any, y: Any = None) -> Any:
+    """Returns data as `MultiPassReader` takes it, from what `fit` takes as ``x`` and ``y``.
+
+    A list is read as Keras reads it: as the inputs of a model.
+
+    Raises:
+        ValueError: If ``y`` is passed with data that is not arrays, or if a list has another length than
+            the model has inputs.
+    """
+    if y is not None and not (isinstance(data, dict | list | tuple) or hasattr(data, "shape")):
+        raise ValueError(
+            "`y` can be passed with arrays only. Other data contains its labels. "
+            f"Received: data of type {type(data).__name__} and y={describe(y)}."
+        )
+    if isinstance(data, list):
+        if len(data) != _num_inputs(model):
+            raise ValueError(
+                "A list is read as the inputs of the model, and this one has another length. Pass x and y as "
+                "two arguments or as a tuple; batches as a tf.data.Dataset, or as a function that returns "
+                "an iterator (`lambda: iter(batches)`); and several inputs of a subclassed model as "
+                f"((x1, x2),). Received: a list of {count(len(data), 'item')} for a model with "
+                f"{count(_num_inputs(model), 'input')}."
+            )
+        data = data[0] if len(data) == 1 else (tuple(data),) if y is None else tuple(data)
+    return data if y is None else (data, y)
 
 
 def run_model(model: keras.layers.Layer, batch: Any, training: bool = False) -> Any:
@@ -83,12 +119,44 @@ def run_model(model: keras.layers.Layer, batch: Any, training: bool = False) -> 
 
 def unpacked(model: keras.layers.Layer, batch: Any) -> tuple[Any, Any, Any]:
     """Returns the inputs, labels and sample weights in a batch, or in its spec."""
-    inputs = len(getattr(model, "inputs", None) or [None])
-    several = isinstance(batch, tuple) and len(batch) == inputs > 1
+    several = isinstance(batch, tuple) and len(batch) == _num_inputs(model) > 1
     # Without labels, the batch may be the tuple of the model's inputs.
     if several and not isinstance(batch[0], dict | list | tuple):
         return batch, None, None
     return keras.utils.unpack_x_y_sample_weight(batch)
+
+
+def _num_inputs(model: keras.layers.Layer) -> int:
+    """The number of inputs; 1 if it is not known."""
+    return len(getattr(model, "inputs", None) or [None])
+
+
+def _explained(forward: Forward) -> Forward:
+    """Adds to an error of the model what it was given, and what else could be."""
+
+    def run(model: keras.layers.Layer, batch: Any) -> Any:
+        try:
+            return forward(model, batch)
+        except Exception as error:
+            raise ValueError(
+                "Running the model on a batch failed. If a batch is a tuple of the inputs, pass each as ((x1, "
+                "x2),), because (x1, x2) is read as x and y. If the model takes other arguments, or "
+                "preprocesses its inputs elsewhere, pass a `forward` that runs it. "
+                f"Received: batches {describe(batch)}, which raised {first_line(error)}"
+            ) from error
+
+    return run
+
+
+def _check_preprocessing(model: keras.layers.Layer) -> None:
+    """Raises if the model preprocesses its inputs in `predict`, but not when it is called."""
+    if hasattr(model, "preprocess_samples") and getattr(model, "preprocessor", None) is not None:
+        raise ValueError(
+            "The model preprocesses its inputs in `fit` and `predict`, but not when it is called. Preprocess "
+            "the data with `data.map(model.preprocessor)`, and pass a `forward` such as "
+            "`lambda model, batch: model(batch[0], training=False)`. "
+            f"Received: model {model.name!r} of type {type(model).__name__}."
+        )
 
 
 def _check_call(layer: BatchNormLayer) -> None:

@@ -11,9 +11,10 @@ import tensorflow as tf
 from tfbn._data.multi_pass import MultiPassReader
 from tfbn._models.walk import BatchNormLayer, name_of, statistics_are_frozen
 from tfbn._statistics.layer_call import LayerCall, merge_calls
-from tfbn._statistics.measure import Forward
-from tfbn._statistics.plan import plan_passes
+from tfbn._statistics.plan import fit_data, plan_passes
 from tfbn._statistics.recalibration import LayerChange, Recalibration
+from tfbn._statistics.tensor_cache import TensorCache
+from tfbn._statistics.traced_model import Forward
 
 Assignment = tuple[Any, Any]
 """A variable and its new value."""
@@ -22,12 +23,15 @@ Assignment = tuple[Any, Any]
 def recalibrate(
     model: keras.layers.Layer,
     data: Any,
+    y: Any = None,
     *,
     upstream: str = "population",
     forward: Forward | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
     include_frozen: bool = False,
+    cache: str = "auto",
+    cache_limit: int | None = None,
     verbose: bool = False,
 ) -> Recalibration:
     r"""Sets the moving statistics of all batch normalization layers to those of a whole data set.
@@ -41,9 +45,9 @@ def recalibrate(
     .. math:: \mu = \frac1N \sum_i x_i, \quad \sigma^2 = \frac1N \sum_i (x_i - \mu)^2
 
     - ``upstream="population"`` is exact: it computes what one training-mode forward pass on all data as a
-      single batch would compute, however the data is batched, without holding a pass in memory. A layer's
-      inputs depend on the statistics of the layers before it, so it takes as many passes as the longest
-      chain of layers that feed each other.
+      single batch would compute, however the data is batched. A layer's inputs depend on the statistics of
+      the layers before it, so the model runs layer by layer: each part of it runs on all batches before
+      the next part does. See ``cache`` for what is kept in between.
     - ``upstream="batch"`` takes one pass. Each layer normalizes by the statistics of the current batch, as
       in training, so use the batch size of training. Batches of unequal size are weighted correctly.
 
@@ -63,10 +67,11 @@ def recalibrate(
         model: A Keras model or layer. It is built if necessary. Otherwise, only the moving statistics
             change.
         data: A `tf.data.Dataset`; arrays; a `keras.utils.PyDataset`; an iterable of batches; or a function
-            that returns one, such as a generator function. A batch is ``x``, ``(x, y)`` or
+            that returns one, such as a generator function. Arrays and batches are ``x``, ``(x, y)`` or
             ``(x, y, sample_weight)``, of which only ``x`` is used. For several inputs, ``x`` is a tuple or
-            dict of tensors; a tuple of as many tensors as the model has inputs is read as ``x``. Each pass
-            must see the same examples.
+            dict of tensors. A list, or a tuple of tensors, with as many items as the model has inputs is
+            read as ``x``.
+        y: Labels, if ``data`` is the array or arrays ``x``, as in `keras.Model.fit`. They are not used.
         upstream: "population" or "batch".
         forward: A function ``forward(model, batch)`` that runs the model on a batch in inference mode; by
             default ``model(x, training=False)``. For models with keyword arguments or methods of their own.
@@ -74,6 +79,12 @@ def recalibrate(
         batch_size: The batch size for arrays; by default 32.
         include_frozen: Whether to recalibrate layers with frozen statistics (``trainable=False``, or
             `tfbn.freeze`). By default they keep their statistics and normalize by them.
+        cache: Where to keep the inputs of the next layers for the whole data set while
+            ``upstream="population"`` runs layer by layer: "memory"; "disk", for temporary files; or "auto",
+            for memory and then files. If they fit, the data is read once, and the model runs once. If they
+            do not, or with "none", the model runs again from an earlier layer or from the data.
+        cache_limit: The number of bytes that may be kept in memory or, with ``cache="disk"``, in files; by
+            default half of what is free. The files are in the folder for temporary files (``TMPDIR``).
         verbose: Whether to show a progress bar and print the result.
 
     Returns:
@@ -83,8 +94,8 @@ def recalibrate(
         TypeError: If `model` is not a Keras model or layer, or the data is of an unsupported kind.
         ValueError: If an argument is out of range; if the model has no batch normalization layers, only
             frozen ones, or calls none; if one is called inside of a graph loop or branch; if the data has no
-            examples, is endless, ends before ``steps`` batches, can be read only once, or changes between two
-            passes; or if inputs are not finite.
+            examples, is endless, or ends before ``steps`` batches; if it must be read again, but can be read
+            only once or has changed; or if inputs are not finite.
 
     If it raises, or is interrupted, the model does not change.
 
@@ -100,19 +111,30 @@ def recalibrate(
         - Chan, Golub and LeVeque, Algorithms for computing the sample variance. The American Statistician
           37(3), 1983: merging variances.
     """
-    reader = MultiPassReader(data, steps, batch_size, verbose)
-    layers, passes = plan_passes(model, reader, upstream, forward, include_frozen=include_frozen)
-    reader.expect(passes.passes)
-    passes.measure(reader.read)
+    tensors = TensorCache(cache, cache_limit)
+    reader = MultiPassReader(fit_data(model, data, y), steps, batch_size, verbose)
+    layers, passes = plan_passes(
+        model, reader, upstream, forward, include_frozen=include_frozen, cache=tensors
+    )
+    reader.expect(1 if cache != "none" else passes.levels, passes.levels)
+    passes.measure(reader)
     changes, assignments = [], []
     for layer in layers:
-        calls = [call for call in passes.sites if call.layer is layer]
+        calls = [call for call in passes.calls if call.layer is layer]
         change, values = _change(layer, calls, reader.batches, include_frozen)
         changes.append(change)
         assignments += values
     with passes.strategy.scope():
         _assign(assignments)
-    result = Recalibration(upstream, passes.passes, reader.batches, reader.examples, tuple(changes))
+    result = Recalibration(
+        upstream=upstream,
+        levels=passes.levels,
+        passes=passes.passes,
+        batches=reader.batches,
+        examples=reader.examples,
+        cache=passes.cache_use,
+        layers=tuple(changes),
+    )
     if verbose:
         print(result)
     return result
@@ -145,7 +167,8 @@ def _change(
             (layer.renorm_stddev, stddev),
         ]
     if layer.momentum is None:
-        values.append((layer.update_count, batches))
+        counts = keras.ops.convert_to_numpy(layer.update_count)
+        values.append((layer.update_count, np.where(seen, batches, counts)))
     with np.errstate(divide="ignore"):  # An old variance of 0 or less: the ratio is infinite.
         log_ratio = np.log(stddev**2) - np.log(np.maximum(old_variance + layer.epsilon, 0))
     change = LayerChange(

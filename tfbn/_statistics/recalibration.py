@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from tfbn._statistics.measure import CacheUse
 from tfbn._support import tables
 from tfbn._support.reports import Report, count, plain
 
@@ -38,16 +39,20 @@ class Recalibration(Report):
 
     Attributes:
         upstream: The argument of `tfbn.recalibrate`.
+        levels: How many layers feed each other, one after the other, at most; 1 with ``upstream="batch"``.
         passes: How often the data was read.
         batches: The number of batches in a pass.
         examples: The number of examples in a pass.
+        cache: How the tensors between levels were kept.
         layers: A `LayerChange` for each layer, in order of definition.
     """
 
     upstream: str
+    levels: int
     passes: int
     batches: int
     examples: int
+    cache: CacheUse
     layers: tuple[LayerChange, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,6 +70,7 @@ class Recalibration(Report):
         return (
             f"Batch normalization recalibrated on {count(self.examples, 'example')} in "
             f"{count(self.batches, 'batch', 'batches')}, {count(self.passes, 'pass', 'passes')}"
+            f"{self.cache.described()}"
         )
 
     def _rows(self) -> list[list[str]]:

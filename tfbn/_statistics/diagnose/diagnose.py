@@ -13,8 +13,9 @@ from tfbn._statistics.diagnose.losses import MODES, has_loss, losses_by_mode
 from tfbn._statistics.diagnose.report import Diagnosis
 from tfbn._statistics.diagnose.training_flags import training_flags
 from tfbn._statistics.layer_call import NotFiniteError
-from tfbn._statistics.measure import Forward, StatisticsPasses
+from tfbn._statistics.measure import StatisticsPasses
 from tfbn._statistics.plan import plan_passes
+from tfbn._statistics.traced_model import Forward
 from tfbn._support.optimizers import unwrap_optimizer
 
 
@@ -76,10 +77,10 @@ def diagnose(
         model, reader, upstream, forward, include_frozen=include_frozen, summaries=SUMMARIES
     )
     with_losses = has_loss(model, reader.spec, passes.strategy.num_replicas_in_sync)
-    reader.expect(passes.passes + len(MODES) * with_losses)
+    reader.expect(1 + len(MODES) * with_losses, passes.levels + len(MODES) * with_losses)
     not_finite, modes = "", {}
     try:
-        passes.measure(reader.read)
+        passes.measure(reader)
     except NotFiniteError as error:
         not_finite = str(error)
     if with_losses and not not_finite:
@@ -110,8 +111,8 @@ def _measured(
     """Returns the evidence on each layer."""
     found = []
     for layer in layers:
-        calls = [call for call in passes.sites if call.layer is layer]
-        if calls and all(call.found for call in calls):
+        calls = [call for call in passes.calls if call.layer is layer]
+        if calls and all(call.moments for call in calls):
             # A layer that is not synchronized normalizes each replica's share by itself.
             synchronized = getattr(layer, "synchronized", False)
             shares = 1 if synchronized else passes.strategy.num_replicas_in_sync

@@ -187,7 +187,7 @@ def _moving_statistics(layer: BatchNormLayer) -> tuple[np.ndarray, np.ndarray]:
 def _calls_apart(calls: Sequence[LayerCall]) -> float:
     largest = 0.0
     for one, other in itertools.combinations(calls, 2):
-        (_, mean_a, variance_a), (_, mean_b, variance_b) = one.found[0], other.found[0]
+        (_, mean_a, variance_a), (_, mean_b, variance_b) = one.moments[0], other.moments[0]
         sigma = np.sqrt(np.maximum(variance_a, variance_b) + one.layer.epsilon)
         largest = max(largest, _rms((mean_a - mean_b) / sigma))
     return largest

@@ -1,0 +1,265 @@
+"""The inference graph of a model, cut at its batch normalization layers so that its parts run separately.
+
+What a layer makes of its inputs depends on statistics that are not known when the model is traced. So
+the graph leaves it open: the output of each call is a tensor without a source, and whoever runs a part of
+the graph provides it. One trace serves all passes.
+
+The calls are sorted into levels. Calls of level 0 are computed from the data alone, and those of level n
+from the outputs of calls of lower levels. The graph between two levels is a segment. It starts from the
+tensors that cross the cut between them: the inputs of the layers, and whatever passes them by, such as
+the other branch of a residual block.
+"""
+
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tfbn._layer import arguments
+from tfbn._models.intercept import intercept_calls
+from tfbn._models.walk import BatchNormLayer, name_of
+
+DATA = -1
+"""The level before the first: nothing has run, and what crosses the cut is the batch."""
+
+Normalize = Callable[[int, tf.Tensor, tf.Tensor | None], tf.Tensor]
+"""Computes the output of the call with this number from its inputs and mask."""
+
+
+class Cut(NamedTuple):
+    """One call of a layer, as names of tensors in the graph."""
+
+    layer: BatchNormLayer
+    axes: Sequence[int]
+    inputs: str
+    mask: str | None
+    output: str
+
+    @property
+    def sources(self) -> list[str]:
+        """What the call is computed from."""
+        return [self.inputs] if self.mask is None else [self.inputs, self.mask]
+
+
+class CutGraph:
+    """Traces a model in inference mode and cuts the graph at the calls of some layers.
+
+    Args:
+        layers: The layers to cut at.
+        run: Runs the model on a batch.
+        spec: The nested `tf.TypeSpec` of a batch.
+
+    Attributes:
+        cuts: The calls, in order.
+        levels: The level of each call.
+
+    Raises:
+        ValueError: If a layer is called inside of a graph loop or branch, or on other channels than it was
+            built for.
+    """
+
+    def __init__(self, layers: Iterable[keras.layers.Layer], run: Callable[[Any], Any], spec: Any):
+        calls: list[tuple[Any, ...]] = []
+        nested: list[tuple[Any, ...]] = []
+
+        def trace(batch: Any) -> None:
+            graph = tf.compat.v1.get_default_graph()
+
+            def record(
+                layer: BatchNormLayer,
+                call: Any,
+                inputs: Any,
+                training: Any = None,
+                mask: Any = None,
+            ) -> tf.Tensor:
+                x = tf.convert_to_tensor(inputs)
+                mask = None if mask is None else tf.convert_to_tensor(mask)
+                output = tf.identity(tf.cast(x, layer.compute_dtype))
+                (calls if output.graph is graph else nested).append((layer, x, mask, output))
+                return output
+
+            with intercept_calls(layers, record):
+                run(batch)
+
+        traced = tf.function(trace, autograph=False).get_concrete_function(spec)
+        if nested:
+            raise ValueError(
+                "A batch normalization layer is called inside of a loop or a branch of the graph "
+                "(tf.while_loop, tf.map_fn, tf.cond, a recurrent layer), where its inputs cannot be "
+                "collected. Unroll the loop (recurrent layers take `unroll=True`), or choose the branch in "
+                'Python. The limit holds for upstream="batch", too. '
+                f"Received: {', '.join(sorted({name_of(layer) for layer, *_ in nested}))}."
+            )
+        self._graph = traced.graph
+        self._definition = traced.graph.as_graph_def()
+        self._nodes = {node.name: node for node in self._definition.node}
+        captured = traced.captured_inputs
+        inputs = [tensor.name for tensor in traced.inputs]
+        self._batch = inputs[: len(inputs) - len(captured)]
+        self._captured = dict(zip(inputs[len(self._batch) :], captured, strict=True))
+        self.cuts = [
+            Cut(
+                layer,
+                _axes(layer, x),
+                x.name,
+                None if mask is None else mask.name,
+                output.name,
+            )
+            for layer, x, mask, output in calls
+        ]
+        self._number = {_op(cut.output): number for number, cut in enumerate(self.cuts)}
+        self._stages = self._find_stages()
+        self.levels = [self._stages[_op(cut.output)] - 1 for cut in self.cuts]
+        self._last_use = self._find_last_uses()
+
+    def crossing(self, level: int) -> list[str]:
+        """Returns the tensors that later levels need of this one and those before it."""
+        if level == DATA:
+            return self._batch
+        return [
+            tensor for tensor, last in self._last_use.items() if self._stage(tensor) <= level < last
+        ]
+
+    def spec(self, tensor: str) -> tf.TensorSpec:
+        """Returns the static shape and the dtype of a tensor."""
+        symbolic = self._graph.get_tensor_by_name(tensor)
+        return tf.TensorSpec(symbolic.shape, symbolic.dtype)
+
+    def run(
+        self, known: Mapping[str, tf.Tensor], targets: Sequence[str], normalize: Normalize
+    ) -> dict[str, tf.Tensor]:
+        """Computes tensors from others; called while a function is traced.
+
+        Args:
+            known: Values of tensors, by name.
+            targets: What to compute, and nothing that it does not need.
+            normalize: Provides the outputs of the calls on the way.
+
+        Returns:
+            The values of the targets, of what was known, and of what was computed on the way.
+        """
+        values = dict(known)
+        needed = self._needed(targets, values)
+        ops = {_op(tensor) for tensor in needed}
+        segments: dict[int, list[str]] = {}
+        for op in self._nodes:  # In the order of the graph.
+            if op in ops:
+                segments.setdefault(self._stages.get(op, DATA), []).append(op)
+        for _, segment in sorted(segments.items()):
+            for op in segment:
+                if op in self._number:
+                    number = self._number[op]
+                    cut = self.cuts[number]
+                    values[cut.output] = normalize(number, *self.inputs(number, values))
+            self._import([op for op in segment if op not in self._number], needed, values)
+        return values
+
+    def inputs(
+        self, number: int, values: Mapping[str, tf.Tensor]
+    ) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """Returns the inputs of a call and its mask, fitted to them."""
+        cut = self.cuts[number]
+        x = values[cut.inputs]
+        x.set_shape(self.spec(cut.inputs).shape)  # Not all of it can be inferred again.
+        return x, None if cut.mask is None else arguments.fitted_mask(values[cut.mask], x)
+
+    def _sources(self, op: str) -> list[str]:
+        """The tensors that an operation reads."""
+        if op in self._number:
+            return self.cuts[self._number[op]].sources
+        return [_tensor(name) for name in self._nodes[op].input if not name.startswith("^")]
+
+    def _stage(self, tensor: str) -> int:
+        return self._stages[_op(tensor)]
+
+    def _find_stages(self) -> dict[str, int]:
+        """When each operation can run first: stage 0 needs the data alone, stage n outputs of level n-1.
+
+        What does not depend on the data has no stage.
+        """
+        stages = {_op(tensor): 0 for tensor in self._batch}
+        for op in self._nodes:
+            before = [stages[_op(t)] for t in self._sources(op) if _op(t) in stages]
+            if op in self._number:
+                stages[op] = 1 + max(before, default=0)
+            elif before:
+                stages[op] = max(before)
+        return stages
+
+    def _find_last_uses(self) -> dict[str, int]:
+        """The last stage in which each tensor is used, for those that some call depends on."""
+        last: dict[str, int] = {}
+
+        def use(tensors: Iterable[str], stage: int) -> None:
+            for tensor in tensors:
+                if _op(tensor) in self._stages:
+                    last[tensor] = max(last.get(tensor, stage), stage)
+
+        for cut, level in zip(self.cuts, self.levels, strict=True):
+            use(cut.sources, level)
+        needed = self._needed([t for cut in self.cuts for t in cut.sources], ())
+        for op in {_op(tensor) for tensor in needed}:
+            use(self._sources(op), self._stages.get(op, DATA))
+        return {tensor: last[tensor] for tensor in sorted(last)}
+
+    def _needed(self, targets: Iterable[str], known: Container[str]) -> set[str]:
+        """All tensors that the targets depend on, up to what is known."""
+        needed: set[str] = set()
+        waiting = list(targets)
+        while waiting:
+            tensor = waiting.pop()
+            if tensor not in needed and tensor not in known:
+                needed.add(tensor)
+                waiting += self._sources(_op(tensor))
+        return needed
+
+    def _import(
+        self, ops: Sequence[str], needed: Iterable[str], values: dict[str, tf.Tensor]
+    ) -> None:
+        """Copies operations into the current graph, and adds those of their outputs that are needed."""
+        part = tf.compat.v1.GraphDef(versions=self._definition.versions)
+        part.library.CopyFrom(self._definition.library)
+        copied: set[str] = set()
+        feeds: dict[str, tf.Tensor] = {}
+        for op in ops:
+            if _tensor(op) in self._captured:
+                values[_tensor(op)] = tf.identity(self._captured[_tensor(op)])
+            else:
+                copied.add(op)
+        for op in copied:
+            node = part.node.add()
+            node.CopyFrom(self._nodes[op])
+            node.attr.pop(
+                "_class", None
+            )  # It may be colocated with an operation of another segment.
+            feeds |= {t: values[t] for t in self._sources(op) if _op(t) not in copied}
+            # Control edges order side effects, and a segment runs only what its outputs need.
+            edges = [i for i in node.input if not i.startswith("^") or i[1:] in copied]
+            node.ClearField("input")
+            node.input.extend(edges)
+        outputs = [tensor for tensor in needed if _op(tensor) in copied]
+        found = tf.graph_util.import_graph_def(part, feeds, return_elements=outputs, name="")
+        values |= zip(outputs, found, strict=True)
+
+
+def _axes(layer: BatchNormLayer, x: tf.Tensor) -> Sequence[int]:
+    """Returns the channel axes of the inputs of a layer, after checking the channels."""
+    axes = arguments.resolved_axes(layer.axis, x.shape)
+    channels = tf.TensorShape([x.shape[axis] for axis in axes])
+    if not channels.is_compatible_with(layer.moving_mean.shape):
+        raise ValueError(
+            "The model calls a batch normalization layer on other channels than it was built for. Pass data of "
+            f"the shape that the model was built for. Received: layer {name_of(layer)!r} with statistics of "
+            f"shape {tuple(layer.moving_mean.shape)}, inputs of shape {tuple(x.shape)}."
+        )
+    return axes
+
+
+def _op(tensor: str) -> str:
+    return tensor.split(":")[0]
+
+
+def _tensor(name: str) -> str:
+    """The name of a tensor, from that of an input of a node."""
+    return name if ":" in name else f"{name}:0"
