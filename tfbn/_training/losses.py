@@ -41,13 +41,13 @@ def batch_loss(
         loss = compute_loss(model, x, y, y_pred, sample_weight, training)
     if not unscaled:
         loss *= replicas.num_replicas()
-    local, everywhere = count_values(y_pred, x, batch)
+    weight = shard_weight(y_pred, x, batch)
     # Keras tracks the loss of each output, once per batch: a replica adds its share there too.
     for variable, value in before:
         if value.dtype.is_floating:
             added = tf.convert_to_tensor(variable) - value
-            variable.assign(value + share_of(added, local, everywhere))
-    return share_of(loss, local, everywhere)
+            variable.assign(value + weighted(added, weight))
+    return weighted(loss, weight)
 
 
 def compute_loss(
@@ -95,18 +95,19 @@ def count_values(y_pred: Any, x: Any, batch: Any) -> tuple[tf.Tensor, tf.Tensor]
     return kept, replicas.all_reduce_sum([kept])[0]
 
 
-def share_of(mean: tf.Tensor, local: tf.Tensor, everywhere: tf.Tensor) -> tf.Tensor:
-    r"""Weights a mean over this replica's values, so that the sum over replicas is the mean over all values.
+def shard_weight(y_pred: Any, x: Any, batch: Any) -> tf.Tensor:
+    r"""Returns this replica's weight in the mean over all values.
 
     .. math:: \ell = \sum_r \frac{n_r}{n} \ell_r
 
     The weights sum to 1, so a term that is the same on each replica, such as a weight penalty, counts once.
-    The mean over no values may be NaN and counts as 0.
-
-    Args:
-        mean: :math:`\ell_r`.
-        local: The number of values on this replica, :math:`n_r`.
-        everywhere: The number of values on all replicas, :math:`n`.
+    Where the whole batch is masked, :math:`n_r` counts examples.
     """
-    weight = tf.math.divide_no_nan(local, everywhere)
+    local, everywhere = count_values(y_pred, x, batch)
+    size, total = (tf.cast(sharding.batch_size(part), tf.float32) for part in (x, batch))
+    return tf.where(everywhere > 0, local / everywhere, tf.math.divide_no_nan(size, total))
+
+
+def weighted(mean: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+    """Returns this replica's part of a mean. The mean over an empty shard may be NaN, and adds 0."""
     return tf.math.multiply_no_nan(mean, tf.cast(weight, mean.dtype))

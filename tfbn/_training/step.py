@@ -23,8 +23,9 @@ from tfbn._training.losses import (
     batch_loss,
     compute_loss,
     count_values,
-    share_of,
+    shard_weight,
     track_loss,
+    weighted,
 )
 from tfbn._training.statistics import update_statistics
 from tfbn._training.strategy import scope_of
@@ -213,13 +214,12 @@ class Steps:
         logs = self._model.compute_metrics(x, y, y_pred, sample_weight)
         if replicas.num_replicas() == 1:
             return logs
-        local, everywhere = count_values(y_pred, x, batch)
-        added = logs.keys() - self._model.get_metrics_result().keys()
-        shares = [
-            share_of(tf.cast(logs[name], tf.float32), local, everywhere) for name in sorted(added)
-        ]
-        means = replicas.all_reduce_sum(shares) if added else ()
-        return logs | dict(zip(sorted(added), means, strict=True))
+        added = sorted(logs.keys() - self._model.get_metrics_result().keys())
+        if added:
+            weight = shard_weight(y_pred, x, batch)
+            values = [weighted(tf.cast(logs[name], tf.float32), weight) for name in added]
+            logs |= dict(zip(added, replicas.all_reduce_sum(values), strict=True))
+        return logs
 
     def _results(self) -> Logs:
         return self._model.get_metrics_result()
