@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from examples.train_workers import free_ports
+from examples.clusters import free_ports
 
 ROOT = Path(__file__).parents[2]
 Observed = dict[str, np.ndarray]

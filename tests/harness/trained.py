@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import replicas
-from examples.train_workers import free_ports
+from examples.clusters import free_ports
 
 Observed = replicas.Observed
 EVALUATED = 29  # How many examples are evaluated.
