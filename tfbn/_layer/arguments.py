@@ -220,6 +220,11 @@ def fitted_mask(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
         ValueError: If it does not broadcast to ``x``.
     """
     mask = tf.cast(mask, tf.bool)
+    if mask.shape.rank is None:
+        raise ValueError(
+            "The mask needs a known rank. Tell TensorFlow its shape, for example with "
+            "`tf.ensure_shape(mask, [None, None])`. Received: a mask of unknown rank"
+        )
     missing = x.shape.rank - mask.shape.rank
     # Keras's masks are (batch, time): they refer to the leading axes, so the missing ones are appended.
     shape = mask.shape.as_list() + [1] * missing

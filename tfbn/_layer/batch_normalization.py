@@ -29,8 +29,9 @@ class BatchNormalization(keras.layers.Layer):
     .. math:: \mu = \frac1m \sum_i x_i, \quad \sigma^2 = \frac1m \sum_i (x_i - \mu)^2, \quad
               y_i = \gamma \frac{x_i - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
-    and the moving statistics are updated, both with the *biased* variance as above, as in Keras:
-    ``moving = moving * momentum + batch * (1 - momentum)``. In inference mode, and always if
+    and updates the moving statistics as Keras's layer does, with the *biased* variance:
+    ``moving = moving * momentum + batch * (1 - momentum)``. (With ``renorm``, it averages the standard
+    deviation, and derives the variance from it.) In inference mode, and always if
     ``layer.trainable`` is False, the layer normalizes by the moving statistics, so that an output depends on
     its own example alone.
 
@@ -42,8 +43,8 @@ class BatchNormalization(keras.layers.Layer):
     step. By default each replica :math:`r` normalizes its own share of the batch, and the moving statistics
     are updated with the averages over replicas, :math:`\sum_r n_r \mu_r / n` and :math:`\sum_r n_r \sigma_r^2
     / n`, in one all-reduce a call. With ``synchronized=True`` all replicas normalize by the mean and variance
-    of the global batch: one all-reduce forward (two on more than 16 replicas, one more with ``renorm``) and
-    one backward. Shares may be unequal, empty or masked.
+    of the global batch: one all-reduce forward (two on more than 16 replicas, twice as many with ``renorm``)
+    and one backward. Shares may be unequal, empty or masked.
 
     Example:
         >>> layer = tfbn.BatchNormalization()
@@ -55,8 +56,8 @@ class BatchNormalization(keras.layers.Layer):
         axis: The axis of the channels, or a list of axes: then each combination of their indices is a
             channel. The weights have the shape of these axes, in ascending order.
         momentum: Weight of the old moving statistics, in [0, 1]. ``None`` gives the cumulative average
-            instead: the plain mean of the statistics of all batches since the layer was built. The weight
-            ``update_count`` counts these batches, for each channel.
+            instead: the plain mean of the statistics of all batches since the layer was built. The
+            non-trainable variable ``update_count`` counts these batches for each channel.
         epsilon: Added to the variance; positive.
         center: Whether the layer has a :math:`\beta` (else 0).
         scale: Whether the layer has a :math:`\gamma` (else 1).
@@ -264,8 +265,8 @@ class BatchNormalization(keras.layers.Layer):
     def update_statistics(self, moments: Moments) -> None:
         """Updates the moving statistics with the moments of one batch.
 
-        A call in training mode does so. A training loop that merges the moments of several batches calls it
-        once, with the result.
+        Calling the layer in training mode does this. A training loop that merges the moments of several batches
+        calls it once, with the result.
 
         Args:
             moments: Count, mean and biased variance per channel. A channel with count 0 is not updated. If
@@ -273,15 +274,15 @@ class BatchNormalization(keras.layers.Layer):
         """
         moments = Moments(*(tf.cast(m, self.moving_mean.dtype) for m in moments))
         can_update = moving_average.can_update(moments)
-        rate = tf.where(can_update, self._batch_weight(can_update), 0)
+        rate = tf.where(can_update, self._count_and_weigh(can_update), 0)
         moving_average.update_moving_average(self.moving_mean, moments.mean, rate)
         if self.renorm:
             renorm.update_statistics(self, moments, can_update, rate)
         else:
             moving_average.update_moving_average(self.moving_variance, moments.variance, rate)
 
-    def _batch_weight(self, can_update: tf.Tensor) -> tf.Tensor:
-        """The weight of a batch against the old moving statistics."""
+    def _count_and_weigh(self, can_update: tf.Tensor) -> tf.Tensor:
+        """Counts the batch, and returns its weight against the old moving statistics."""
         if self.momentum is not None:
             return tf.constant(1 - self.momentum, self.moving_mean.dtype)
         one = tf.cast(can_update, self.update_count.dtype)
@@ -358,11 +359,12 @@ class BatchNormalization(keras.layers.Layer):
         return gamma, beta
 
     def load_own_variables(self, store: Any) -> None:
-        """Loads the weights. Files of tfbn 0.1 have one ``update_count`` for all channels."""
+        """Loads the weights. In older files ``update_count`` is one number for all channels."""
         if self.update_count is not None:
             store = {name: store[name] for name in store.keys()}  # noqa: SIM118
             last = str(len(store) - 1)
-            store[last] = np.broadcast_to(np.asarray(store[last]), self.update_count.shape)
+            if store and np.ndim(store[last]) == 0:
+                store[last] = np.broadcast_to(np.asarray(store[last]), self.update_count.shape)
         super().load_own_variables(store)
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:

@@ -34,7 +34,7 @@ def renormalize_batch(
     clipping: Mapping[str, float],
 ) -> tuple[tf.Tensor, Moments]:
     """Like `normalize_batch`, with the corrections r and d."""
-    # The moments come first, because gamma and beta take up r and d: half precision then rounds once.
+    # The moments come first, because gamma and beta absorb r and d: half precision then rounds once.
     shift, relative = batch_moments(tf.stop_gradient(x), over)
     moments = relative._replace(mean=shift + relative.mean)
     r, d = _corrections(moments, renorm_mean, renorm_stddev, clipping, over.epsilon)

@@ -47,7 +47,7 @@ def _split(x: tf.Tensor, size: int) -> tf.Tensor:
     with tf.control_dependencies(
         []
         if batch is not None
-        else [tf.debugging.assert_equal(tf.shape(x)[0] % size, 0, f"{message} as below")]
+        else [tf.debugging.Assert(tf.shape(x)[0] % size == 0, [message, tf.shape(x)[0]])]
     ):
         grouped = tf.reshape(x, tf.concat([[tf.shape(x)[0] // size, size], rest], 0))
     groups = None if batch is None else batch // size

@@ -15,8 +15,20 @@ import tensorflow as tf
 class Moments(NamedTuple):
     """The number of values, their mean, and their biased variance (divided by the count).
 
-    ``count`` is a scalar, or has the shape of ``mean`` where a mask gives channels different counts. All
-    three have the dtype of the statistics: float32, or float64 for a float64 input.
+    All three have the dtype of the statistics: float32, or float64 for a float64 input. Inside of tfbn the mean
+    may be relative to a shift; `BatchNormalization.update_statistics` takes the plain mean.
+
+    Attributes:
+        count: The number of values of each channel: a scalar, or one number per channel where a mask gives
+            channels different counts.
+        mean: Their mean, per channel.
+        variance: Their biased variance, per channel.
+
+    Example:
+        >>> layer = tfbn.BatchNormalization()
+        >>> layer.build((None, 2))
+        >>> moments = tfbn.Moments(count=32.0, mean=[0.5, 2.0], variance=[1.0, 4.0])
+        >>> layer.update_statistics(moments)  # as for one batch of 32 values per channel
     """
 
     count: tf.Tensor
@@ -33,7 +45,7 @@ def sum_over(x: tf.Tensor, reduced: Sequence[int]) -> tf.Tensor:
     """The sum of x over some axes, which must be ascending.
 
     It sums one axis after another, so that partial sums stay short. Rounding then does not grow with the
-    number of values, as it does on a CPU in one reduction over all axes; nor is it slower there. (XLA and a
+    number of values, as it does on a CPU in one reduction over all axes; and this is not slower there. (XLA and a
     small tensor in a view of few axes get one reduction.)
     """
     for axis in reversed(reduced):
@@ -197,8 +209,10 @@ def _last(size: int | tf.Tensor) -> int | tf.Tensor:
 
 
 def zero_where_empty(values: tf.Tensor, counted: tf.Tensor) -> tf.Tensor:
+    """Replaces the values of channels without a count by 0: they may be NaN."""
     return tf.where(counted > 0, values, tf.zeros_like(values))
 
 
 def zero_where_masked(values: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+    """Replaces the values at masked positions by 0."""
     return values if mask is None else tf.where(mask, values, tf.zeros([], values.dtype))

@@ -1,9 +1,12 @@
 """Collectives over the replicas of a ``tf.distribute`` strategy.
 
-Every result is the same on each replica, to the bit, and takes one all-reduce of one vector. That is the only
-collective that TensorFlow offers with every strategy, eagerly, in graphs and under XLA on GPUs. (Its
-``all_gather`` costs two between workers, and does not work under XLA.) With one replica, or outside of
-``strategy.run``, nothing is exchanged.
+`all_reduce_merge` merges the moments of all replicas exactly, for synchronized layers. `all_reduce_mean`
+averages them, for layers whose replicas normalize on their own.
+
+Every result is the same on each replica, to the bit. Values are packed into one vector for each all-reduce, and
+only `all_reduce_merge` may take two. An all-reduce is the only collective that TensorFlow offers with every
+strategy, eagerly, in graphs and under XLA on GPUs. (Its ``all_gather`` costs two between workers, and does not
+work under XLA.) With one replica, or outside of ``strategy.run``, nothing is exchanged.
 """
 
 from collections.abc import Sequence

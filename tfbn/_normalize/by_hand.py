@@ -36,8 +36,8 @@ def without_gradients() -> Iterator[None]:
 def trained_by(kernel: Callable[[Normalization], TrainingKernel]) -> Train:
     """Training by a kernel whose first derivative is its own; higher ones are the formula's.
 
-    The derivatives are formulas rather than tapes of their own, because TensorFlow's forward mode runs them
-    with all tapes stopped. The fused kernel's own second derivative is incomplete, and rarely needed.
+    The higher derivatives are formulas: TensorFlow's forward mode pauses all tapes, so a tape that was opened
+    here would record nothing. The fused kernel's own second derivative is incomplete, and rarely needed.
     """
 
     def train(

@@ -1,10 +1,10 @@
 """TensorFlow's fused kernel on a GPU, where it is cuDNN's.
 
 cuDNN refuses many examples (pytorch#19911), but not many positions. So the kernel gets images as they are,
-unless there may be too many of them, so that TensorFlow may join an activation that follows; it gets all
-else as (1, positions, 1, channels) or, with channels on axis 1, as (examples, channels, positions, 1) in
-NCHW. NCHW is for training alone: a SavedModel that contains it would not run on a CPU, the kernel has no
-gradient of inference there, and more than 65,535 examples fail.
+unless there are known to be too many, so that TensorFlow may join an activation that follows. It gets all else
+as (1, positions, 1, channels) or, with channels on axis 1, as (examples, channels, positions, 1) in NCHW. NCHW
+is for training alone: a SavedModel that contains it would not run on a CPU, the kernel has no gradient of
+inference there, and more than 65,535 examples fail.
 """
 
 from typing import Any
@@ -15,8 +15,8 @@ from tfbn._moments.moments import Moments, count
 from tfbn._normalize.fused import Fused, gradient, kernel
 from tfbn._normalize.kernel import Gradients, Normalization
 
-MOST_EXAMPLES = 880_801  # More cuDNN refuses to train on in NCHW,
-MOST_IMAGES = 65_535  # and more than these in inference.
+MOST_EXAMPLES = 880_801  # cuDNN cannot train on more in NCHW.
+MOST_IMAGES = 65_535  # cuDNN cannot infer on more.
 
 
 class CuDNN(Fused):

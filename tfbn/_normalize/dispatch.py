@@ -1,35 +1,37 @@
 """From (x, γ, β, statistics) to y, with the right gradients of every order: this file chooses the kernel.
 
-The choice is made while the graph is traced, from what is known then. `_train` and `_infer` make it, row by
-row of this table:
+The choice is made while the graph is traced, from what is known then. `_training` and `_inference` make it:
+the first row that applies decides.
 
-==================================================  ========================  ==========================
-case                                                training                  inference
-==================================================  ========================  ==========================
-channel axes that cannot be broadcast               transposed, then again    transposed, then again
-under XLA                                           formula ¹                 formula ¹
-a mask, float64, channels of unknown number         formula                   formula ¹
-a small tensor in a graph on a CPU                  formula                   formula ¹, ²
-channels last, on a CPU                             fused                     fused
-channels last, on a GPU                             cuDNN                     cuDNN
-channels last, over replicas                        fused or cuDNN, twice
-channels in a row on a GPU, one replica             cuDNN, as NCHW            formula ¹
-channels elsewhere on a GPU                         formula                   formula ¹
-channels elsewhere on a CPU                         transposed, then fused    formula ¹; half precision:
-                                                                              transposed, then fused
-==================================================  ========================  ==========================
+===========================================  ===============================  ================================
+case                                         training                         inference
+===========================================  ===============================  ================================
+channel axes that cannot be broadcast        transposed, then again           transposed, then again
+under XLA                                    formula ¹; synchronized: formula formula ¹
+a mask, float64, channels of unknown number  formula                          formula ¹
+the output of a Conv2D, channels last, CPU   as the rows below                fused, as it is ²
+a small tensor in a graph on a CPU           formula                          formula ¹
+channels last, synchronized                  fused or cuDNN, twice            fused or cuDNN
+channels last                                fused; cuDNN on a GPU            fused; cuDNN on a GPU
+channels elsewhere, on a CPU                 transposed, then again           formula ¹; half precision:
+                                                                              transposed, then again
+channels in a row elsewhere, on a GPU, not   cuDNN, as NCHW                   formula ¹
+synchronized, at most 880,801 examples
+channels elsewhere, on a GPU                 formula                          formula ¹
+===========================================  ===============================  ================================
 
-¹ differentiated by TensorFlow; all others have a gradient written by hand. ² but for the output of a Conv2D,
-which the fused kernel takes as it is: TensorFlow's graph optimizer then joins convolution, normalization and
-activation (in half precision, the latter two) in one operation, which it does not do across a view.
-MobileNetV2 inferred in 40 ms instead of 48 (Keras 49), in bfloat16 in 51 instead of 65 (Keras 71).
+¹ Differentiated by TensorFlow; all others have a gradient written by hand.
+
+² TensorFlow's graph optimizer then joins convolution, normalization and activation (in half precision, the
+latter two) in one operation, which it does not do across a view. MobileNetV2 inferred in 40 ms instead of 48
+(Keras 49), in bfloat16 in 51 instead of 65 (Keras 71).
 
 Why, measured on a CPU. A call of the fused kernel costs 0.1 ms before it does anything: on 64×32 values,
-forward and backward, a layer took 0.47 ms with it, 0.23 with the formula and in Keras; from about 100,000
-values on, the kernel is faster. With channels on axis 1, a training step on 32×64×56×56 values took 12 ms
-through two transpositions and 20 by the formula (Keras 25); inference, where the formula is three passes,
-6.0 and 3.5. XLA compiles the fused kernel badly, two to seven times slower than Keras's formula. It
-differentiates the formula itself: from a gradient written by hand it computed the same products several
+forward and backward, a layer took 0.47 ms with it, 0.23 with the formula and in Keras. The two are equally fast
+somewhere between 65,536 values (`SMALL`) and 100,000. With channels on axis 1, a training step on 32×64×56×56
+values took 12 ms through two transpositions and 20 by the formula (Keras 25); inference, where the formula is
+three passes, 6.0 and 3.5. XLA compiles the fused kernel badly, two to seven times slower than Keras's formula.
+It differentiates the formula itself: from a gradient written by hand it computed the same products several
 times. XLA also reduces twice as fast in a view with few axes.
 
 The kernel's time depends on the view. (positions, 1, 1, channels) took up to half of the time of (N, H, W, C)
@@ -37,8 +39,9 @@ and of (1, positions, 1, channels); but each position has a price of its own the
 in training 128×32×32×16 ran forward in 1.23 ms, by rows in 0.82; 64×32×32×64 in bfloat16 in 0.90 and 0.61;
 rows of 128×256 values were slower.
 
-The formula computes in float32, and copies a half-precision tensor for it, though not for the backward pass:
-under a mask, in virtual batches of unknown number, and on a GPU in the rows that say formula.
+The formula computes in float32 (in float64 for float64). It copies a half-precision tensor for that, forward
+and again backward, and keeps only the original in between: under a mask, in virtual batches of unknown number,
+and on a GPU in the rows that say formula.
 """
 
 import functools
@@ -138,7 +141,7 @@ def _inference(x: tf.Tensor, over: Normalization) -> tuple[View, Infer]:
     if _is_small(x):
         return unchanged, formula.infer
     if _channels_last(x, over):
-        return _kernel_view(x, over, on_gpu), inferred_by(Fused)
+        return _kernel_view(x, over, on_gpu), inferred_by(CuDNN if on_gpu else Fused)
     if x.dtype != tf.float32 and not on_gpu:
         # In float32 a formula of three passes beats two transpositions; half precision it would copy.
         return reshape.transposed(x, over), normalize
@@ -181,7 +184,7 @@ def _is_convolution(x: tf.Tensor, over: Normalization) -> bool:
 
 
 def _on_gpu() -> bool:
-    """Whether operations run on a GPU here, if they can. Where their inputs are does not matter."""
+    """Whether operations that have a GPU kernel run on a GPU here, wherever their inputs are."""
     if not tf.config.list_logical_devices("GPU"):
         return False
     device = _device()

@@ -1,7 +1,8 @@
 r"""Batch normalization as a formula of ordinary TensorFlow operations.
 
-It serves every case: any rank and channel axes, a mask, float64, XLA (which fuses it into few passes) and
-statistics over replicas. For channels :math:`c` and the positions :math:`i` that count:
+It serves any rank, channel axes that TensorFlow can broadcast over (see `reshape.interleaved`), a mask,
+float64, XLA (which fuses it into few passes) and statistics over replicas. For channels :math:`c` and the
+positions :math:`i` that count:
 
 .. math:: y_i = (x_i - \mu)\, s\, \gamma + \beta, \qquad s = 1 / \sqrt{\sigma^2 + \epsilon}
 
@@ -69,10 +70,10 @@ class Formula:
 def train(
     x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, over: Normalization
 ) -> tuple[tf.Tensor, Moments]:
-    r"""Normalizes x by its own moments, in operations that TensorFlow differentiates rightly to any order.
+    r"""Normalizes x by its own moments, in operations that TensorFlow differentiates correctly to any order.
 
-    It computes :math:`(x - c) s\gamma + (\beta - (\mu - c) s\gamma)` with the shift :math:`c`: one
-    multiply-add that does not cancel, because :math:`\mu - c` is small.
+    It ignores ``over.synchronized``. It computes :math:`(x - c) s\gamma + (\beta - (\mu - c) s\gamma)` with the
+    shift :math:`c`: one multiply-add that does not cancel, because :math:`\mu - c` is small.
     """
     axes, epsilon, mask, _ = over
     # Cast once, so that the gradient is rounded to half precision once.

@@ -3,15 +3,17 @@
 The kernel takes float32, float16 and bfloat16 activations with float32 parameters, and no mask. It reads
 half-precision activations as they are, without a float32 copy.
 
-On a CPU the kernel (oneDNN's) adds float32 numbers one after the other. The rounding of such sums grows
-with the number of values n. The mean was measured to be off by about (1e-7 + 1.1e-10 n) of its own size, and
-the variance by up to 3e-9 n. So the moments are computed again, in pieces, where either shows:
+On a CPU the kernel (oneDNN's) adds float32 numbers one after the other. The rounding of such sums grows with
+the number of values n. For normal values, the mean was measured to be off by about (1e-7 + 1.1e-10 n) of its
+own size, and the variance by 1e-10 n; where half of the values of a channel are equal, as after a ReLU, the
+variance by up to 3e-9 n, about twice as much as in Keras's formula. So the moments are computed again, in
+pieces, where either shows:
 
 - where the mean dominates: it is so much larger than the standard deviation that the rounding of the mean
   exceeds `_TOLERANCE` of a standard deviation. (Not in half precision, where x itself has lost these digits.)
 - where there are many values, more than `MANY`.
 
-`in_pieces` then subtracts a mean, takes the moments of pieces of a few thousand values, merges them
+`in_pieces` then subtracts a mean (in float32), takes the moments of pieces of a few thousand values, merges them
 exactly, and normalizes by them as in inference. The check reads a few numbers per channel.
 """
 
@@ -182,7 +184,7 @@ def in_pieces(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -
 
 
 def moments_in_pieces(x: tf.Tensor) -> Moments:
-    """The moments of x by the kernel, in pieces of about `PIECE` values of each channel, merged exactly."""
+    """The moments of x by the kernel, in pieces of `PIECE` to 2·`PIECE` values of each channel, merged exactly."""
     n = count(x, [3])
     known = tf.get_static_value(n)
     if known is not None and known < 2 * PIECE:

@@ -111,7 +111,7 @@ def channels_second(x: tf.Tensor, over: Normalization) -> View:
 
 
 def interleaved(x: tf.Tensor, axes: Sequence[int]) -> bool:
-    """Whether per-channel values cannot be broadcast against x as it stands.
+    """Whether per-channel values cannot be broadcast against x in its present axes.
 
     TensorFlow's kernels broadcast over at most 5 alternating runs of axes. A list of axes can make more.
     """

@@ -23,9 +23,10 @@ def training(
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     r"""The gradients of a training step's gradients, with respect to dy, x, gamma and beta.
 
-    With :math:`\hat x_i = (x_i - \mu)\, s` and :math:`P(z)_i = \frac{m_i}{n} (\sum_j z_j + \hat x_i \sum_j
-    z_j \hat x_j)`, the backward pass is :math:`dx = \gamma s (dy - P(dy))`, :math:`d\gamma = \sum \hat x\, dy`,
-    :math:`d\beta = \sum dy`. Where u, v, w are the gradients by these three, and :math:`P^T` adjoins P:
+    With :math:`\hat x_i = (x_i - \mu)\, s` and :math:`P(z)_i = \frac{m_i}{n} (\sum_j z_j + \hat x_i \sum_j z_j
+    \hat x_j)`, the backward pass is :math:`dx = \gamma s (dy - P(dy))`, :math:`d\gamma = \sum \hat x\, dy`,
+    :math:`d\beta = \sum dy`. Where u, v, w are the gradients with respect to these three, and :math:`P^T` is
+    the adjoint of P:
 
     .. math:: \partial_{dy} &= \gamma s (u - P^T(u)) + v \hat x + w, \qquad
               \partial_\gamma = s Q, \quad Q = \sum u (dy - P(dy)) \\

@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def require_tensorflow() -> None:
-    """Refuse any Keras backend but TensorFlow, with the cure.
+    """Refuses any Keras backend but TensorFlow, with the cure.
 
     The choice is read before Keras is imported, since importing Keras fails when its backend is
     not installed, with an error that says nothing of tfbn.
 
     Raises:
-        ImportError: if Keras runs, or would run, on another backend.
+        ImportError: If Keras runs, or would run, on another backend.
     """
     if "keras" not in sys.modules:
         _refuse_others(*_configured_backend())

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def check_count(name: str, value: Any, least: int = 1, optional: bool = False) -> None:
-    """Raises unless ``value`` is a number of things, or None where that is optional."""
+    """Raises an error unless ``value`` is an integer of at least ``least``, or None where that is optional."""
     if optional and value is None:
         return
     if not is_integer(value) or value < least:

@@ -2,6 +2,11 @@
 
 Each function falls back on public behaviour when the private name is gone, and
 `tests/_support/test_keras_internals.py` fails on that day, so that somebody looks.
+
+Of Keras: ``Layer._layers``, ``_tracker`` and ``_losses``, ``Model._initial_epoch``, ``_keras_mask`` of tensors,
+``Optimizer._all_reduce_sum_gradients``, the functions that scale losses in ``keras.src.losses.loss``, and the
+current call in ``global_state``; each function below names its own. Of TensorFlow:
+``Graph._get_control_flow_context``, and the stack frame ``inner_recompute_grad``.
 """
 
 import contextlib

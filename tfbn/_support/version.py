@@ -1,3 +1,3 @@
-"""The version of tfbn, as semantic versioning has it."""
+"""The version of tfbn, following semantic versioning."""
 
 VERSION = "0.1.0"
