@@ -1,6 +1,6 @@
 """Measurements of batch normalization layers against each other.
 
-``python -m benchmarks --help`` says what can be asked for. A run writes JSON, a table and a picture
+``python -m benchmarks --help`` lists the options. A run writes JSON, a table and a picture
 into build/benchmarks, or where ``--output`` says.
 
 The committed runs are in benchmarks/results. Comments in docs/numbers.md and README.md name them;

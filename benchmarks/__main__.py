@@ -1,9 +1,9 @@
 r"""Measures batch normalization layers against each other.
 
 Examples:
-    python -m benchmarks                                # everything: some 20 minutes
+    python -m benchmarks                                # everything: about 20 minutes
     python -m benchmarks layers --quick                 # a first look
-    python -m benchmarks --minutes 9                    # a part of it; once more with --resume: the next
+    python -m benchmarks --minutes 9                    # a part; with --resume, the next part
     python -m benchmarks layers --shapes 256x1024 --modes graph xla --phases train \
         --contenders keras tfbn my.module:MyLayer
 """
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures, and writes JSON, Markdown and a picture to the directory ``options.output``."""
+    """Runs the benchmark, and writes JSON, Markdown and a picture to the directory ``options.output``."""
     deadline = time.monotonic() + 60 * options.minutes
     threads = options.threads or _cores()
     settings = Settings(
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
         def keep(result: dict[str, Any]) -> None:
             print(line(result), flush=True)
             found["results"].append(result)
-            results.save(found, path)  # What ends this process ends no results.
+            results.save(found, path)  # Results survive if this process is killed.
 
         missing = [case for case in chosen if not results.has(found, cases.described(case))]
         in_time = itertools.takewhile(lambda case: time.monotonic() < deadline, missing)
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
         found["left_out"] |= race.left_out
     found["contenders"] = [n for n in found["contenders"] if n not in found["left_out"]]
     results.save(found, path)
-    found = results.load(path)  # All else is made from what is kept.
+    found = results.load(path)  # Everything else is generated from the JSON.
     if found["results"]:
         present(found, options.output / name)
     if left:
@@ -111,21 +111,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=cases.MODES,
         help="default: all for layers, graph for models",
     )
-    parser.add_argument("--threads", type=int, help="default: as many as there are cores")
+    parser.add_argument("--threads", type=int, help="default: the number of cores")
     parser.add_argument(
         "--malloc",
         choices=["keep", "default"],
         default="keep",
         help="whether the C library keeps freed memory, for every contender (default: keep)",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer turns: a first look")
+    parser.add_argument("--quick", action="store_true", help="fewer turns, for a first look")
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="start no case after so many"
+        "--minutes", type=float, default=math.inf, help="start no case after this many minutes"
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="keep the results that are there, measure what they lack",
+        help="keep existing results and measure only what is missing",
     )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR")
     options = parser.parse_args(arguments)
@@ -138,7 +138,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def selection(options: argparse.Namespace, on_gpu: bool) -> list[cases.Case]:
-    """The cases that the command line asks for; the defaults depend on the device."""
+    """Returns the cases that the command line selects; the defaults depend on the device."""
     chosen: list[cases.Case] = []
     half = ("bfloat16", "float16") if on_gpu else ("bfloat16",)
     if options.suite in ("layers", "all"):
@@ -160,7 +160,7 @@ def selection(options: argparse.Namespace, on_gpu: bool) -> list[cases.Case]:
 
 
 def line(result: dict[str, Any]) -> str:
-    """A case's result while the run goes on."""
+    """Formats the result of a case as a line of progress."""
     case = " ".join(result[key] for key in ("subject", "precision", "phase", "mode"))
     found = []
     for name, entry in result["contenders"].items():

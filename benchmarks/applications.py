@@ -1,11 +1,11 @@
-r"""Converts and folds every network of `keras.applications`, and writes down what came of it.
+r"""Converts and folds every network of `keras.applications`, and records the results.
 
-    python -m benchmarks.applications                        # all of them: some 10 minutes
-    python -m benchmarks.applications DenseNet121 Xception   # these anew, the others as they were
+    python -m benchmarks.applications                        # all of them: about 10 minutes
+    python -m benchmarks.applications DenseNet121 Xception   # only these; the others keep their results
 
-Random weights and small random images: nothing is downloaded. Each network has a process of
-its own, which bounds the memory: 5 GiB for the largest. Writes `docs/applications.json`, and from that
-`docs/applications.md`.
+Uses random weights and small random images, so nothing is downloaded. Each network runs in its own process,
+which limits memory to 5 GiB for the largest one. Writes `docs/applications.json`, and `docs/applications.md`
+from it.
 """
 
 import contextlib
@@ -53,14 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def names() -> list[str]:
-    """All networks that this Keras has."""
+    """Lists all networks of the installed Keras."""
     import keras
 
     return [name for name in sorted(vars(keras.applications)) if name[0].isupper()]
 
 
 def built(name: str, size: int, **arguments: Any) -> Any:
-    """A network of random weights, with the statistics of a batch of random images.
+    """Builds a network with random weights and the statistics of a batch of random images.
 
     With statistics that have nothing to do with its activations, a deep network either forgets its input or
     is chaotic: then float32 itself does not determine the outputs.
@@ -89,7 +89,7 @@ def built(name: str, size: int, **arguments: Any) -> Any:
 
 
 def measured(name: str, size: int = SIZE) -> dict[str, Any]:
-    """What converting and folding make of a network."""
+    """Converts and folds a network, and measures the differences."""
     import keras
     import numpy as np
 
@@ -108,7 +108,7 @@ def measured(name: str, size: int = SIZE) -> dict[str, Any]:
         identical = identical and np.array_equal(old.numpy(), new.numpy())
     identical = identical and np.array_equal(_outputs(back, images), expected)
     del back
-    folded = tfbn.fold(stock, images, tolerance=1.0)  # The page says which are over the bar.
+    folded = tfbn.fold(stock, images, tolerance=1.0)  # The page lists those above the tolerance.
     after = _outputs(folded, images)
     outcomes = Counter(str(row.outcome) for row in folded.report.rows)
     behind = directly_behind(stock)
@@ -130,7 +130,7 @@ def measured(name: str, size: int = SIZE) -> dict[str, Any]:
 
 
 def _in_float64(name: str, stock: Any, images: Any, folded_outputs: Any) -> dict[str, float]:
-    """What folding changes where nearly nothing is rounded, and how far the outputs in float32 are from there."""
+    """Measures the change by folding in float64, where hardly anything is rounded, and the error of float32."""
     import keras
 
     import tfbn
@@ -162,7 +162,7 @@ def _difference(outputs: Any, expected: Any) -> float:
 
 @contextlib.contextmanager
 def _float64() -> Iterator[None]:
-    """Networks built inside have weights, and compute, in float64."""
+    """Builds networks inside the context with float64 weights and computations."""
     import keras
 
     floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
@@ -176,14 +176,14 @@ def _float64() -> Iterator[None]:
 
 
 def _paths(model: Any) -> list[str]:
-    # Keras numbers weights that have no name, in ConvNeXt, anew in each copy.
+    # In ConvNeXt, Keras numbers unnamed weights differently in each copy.
     return [re.sub(r"/variable_\d+$", "/variable", weight.path) for weight in model.weights]
 
 
 def directly_behind(model: Any) -> set[str]:
-    """The batch normalization layers that alone take the output of a linear layer: they must all fold.
+    """Lists the batch normalization layers that are the only consumer of a linear layer: all of them must fold.
 
-    Read from the config of the model, as it would be saved.
+    They are read from the config of the model.
     """
     layers = {entry["name"]: entry for entry in model.get_config()["layers"]}
     before = {name: _producers(entry["inbound_nodes"]) for name, entry in layers.items()}
@@ -198,7 +198,7 @@ def directly_behind(model: Any) -> set[str]:
 
 
 def _producers(value: Any) -> list[str]:
-    """The names of the layers whose outputs go into a layer."""
+    """Returns the names of the layers whose outputs a layer receives."""
     if isinstance(value, dict):
         if "keras_history" in value:
             return [value["keras_history"][0]]
@@ -214,7 +214,7 @@ def _is_linear(entry: dict[str, Any]) -> bool:
 
 
 def page(run: dict[str, Any]) -> str:
-    """The page of the docs."""
+    """Formats the page of the documentation."""
     found = [result for result in run["results"] if result["layers"]]
     none = [result for result in run["results"] if not result["layers"]]
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
@@ -277,7 +277,7 @@ and by no more in {nearer} of {len(found)}.
 
 
 def _reasons(found: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Layers with the same reason, but for the names in it, share a row."""
+    """Groups layers whose reasons differ only in names into one row."""
     rows = []
     for result in found:
         kinds: dict[str, list[dict[str, Any]]] = {}

@@ -1,4 +1,4 @@
-"""What a run is to show of ``tfbn.BatchNormalization``, and what it shows."""
+"""The requirements on ``tfbn.BatchNormalization``, and whether a run meets them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from benchmarks.results import geometric_mean, ratios, select
 from benchmarks.tables import floor_multiples, table
 
 OURS = "tfbn"
-# The shapes that the bars are about; the others come on top.
+# The requirements concern these shapes; the others are extra.
 SHAPES = {"cpu": CPU_SHAPES[:5], "gpu": GPU_SHAPES[:5]}
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A number of this run, and what it is wanted to be: at least ``wanted``, or ``at_most`` that."""
+    """A figure of a run and its requirement: at least ``wanted``, or at most, with ``at_most``."""
 
     name: str
     measured: float
@@ -28,7 +28,7 @@ class Bar:
 
 
 def bars(run: dict[str, Any]) -> list[Bar]:
-    """Those for which this run has the numbers."""
+    """Returns the requirements for which the run has figures."""
     on_gpu = run["environment"]["device"] == "gpu"
     return [*(_layers_on_gpu(run) if on_gpu else _layers_on_cpu(run)), *_models(run)]
 

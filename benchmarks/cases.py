@@ -1,4 +1,4 @@
-"""What is measured: layers by shape, whole models, each in a precision, a phase and a mode."""
+"""The cases: layers by shape, and whole models, each with a precision, a phase and a mode."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -31,7 +31,7 @@ class LayerCase:
 
     @property
     def worker(self) -> str:
-        """Cases with the same answer run in the same process."""
+        """Returns a key; cases with equal keys run in the same process."""
         return "layers"
 
 
@@ -48,7 +48,7 @@ class ModelCase:
 
     @property
     def worker(self) -> str:
-        """A process for each network: its peak memory is its own."""
+        """One process per network, so that its peak memory can be measured."""
         return f"{self.subject} {self.batch} {self.precision}"
 
 
@@ -77,7 +77,7 @@ GPU_SHAPES = (
 MODELS = ("ResNet20", "MobileNetV2", "ResNet50")
 CPU_BATCHES = {"ResNet20": 128, "MobileNetV2": 32, "ResNet50": 16}
 GPU_BATCHES = {"ResNet20": 1024, "MobileNetV2": 256, "ResNet50": 256}
-# How wide and high the images are.
+# The width and height of the images.
 SIZES = {
     "cpu": {"ResNet20": 32, "MobileNetV2": 128, "ResNet50": 128},
     "gpu": {"ResNet20": 32, "MobileNetV2": 224, "ResNet50": 224},
@@ -85,10 +85,10 @@ SIZES = {
 
 
 def parse_shape(text: str) -> tuple[tuple[int, ...], int]:
-    """Reads "32x56x56x64" or "32x64x56x56@1" into the shape and the axis of the channels.
+    """Parses "32x56x56x64" or "32x64x56x56@1" into a shape and the axis of the channels.
 
     Raises:
-        ValueError: For anything else.
+        ValueError: If the text has another form.
     """
     sizes, _, axis = text.partition("@")
     try:
@@ -122,7 +122,7 @@ def model_cases(
     phases: Sequence[str],
     modes: Sequence[str],
 ) -> list[ModelCase]:
-    """Ordered so that those of one worker follow each other, inference first."""
+    """Returns the cases of models, grouped by worker, inference first."""
     return [
         ModelCase(model, batch, precision, phase, mode)
         for (model, batch), precision, phase, mode in itertools.product(
@@ -132,5 +132,5 @@ def model_cases(
 
 
 def described(case: Case) -> dict[str, Any]:
-    """The case as JSON keeps it."""
+    """Returns the case as it is stored in JSON."""
     return {"suite": case.suite, "subject": case.subject, **asdict(case)}

@@ -1,10 +1,10 @@
-"""What the command lines of the programs have in common."""
+"""The parser that the programs share."""
 
 import argparse
 
 
 def parser(module: str, text: str | None) -> argparse.ArgumentParser:
-    """For `python -m MODULE`, whose help is the text as it stands: the module's docstring."""
+    """Returns a parser for `python -m MODULE` that shows the module's docstring as its help."""
     return argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=text,

@@ -1,4 +1,4 @@
-"""Who takes part, and what each needs."""
+"""The contenders, and what each of them needs."""
 
 import importlib
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ class Contender:
     library: Any = None
 
     def program(self, case: Case) -> Program:
-        """Everything of the case that is not timed.
+        """Prepares a case: everything that is not timed.
 
         Raises:
-            LeftOut: If this contender has no such case.
+            LeftOut: If the contender does not support the case.
         """
         if isinstance(case, ModelCase):
             if self.layer_class is None:
@@ -54,7 +54,7 @@ class Contender:
         return keras_layers.program(self.layer_class, self.library, case)
 
     def limit_threads(self, threads: int) -> None:
-        """Before anything runs; later neither library takes it."""
+        """Limits the threads. Call it before anything runs: afterwards the libraries ignore it."""
         if self.name == "torch":
             import torch
 
@@ -66,7 +66,7 @@ class Contender:
             tf.config.threading.set_inter_op_parallelism_threads(threads)
 
     def device(self) -> dict[str, Any]:
-        """What it runs on."""
+        """Returns the kind of device that the contender runs on."""
         if self.name == "torch":
             import torch
 
@@ -83,10 +83,10 @@ class Contender:
 
 
 def load(name: str) -> Contender:
-    """Imports what the contender needs.
+    """Imports the contender's packages.
 
     Raises:
-        LeftOut: If it is not installed.
+        LeftOut: If one is not installed.
     """
     try:
         if name == "torch":
@@ -103,6 +103,6 @@ def load(name: str) -> Contender:
 
 
 def _library(layer_class: type) -> Any:
-    """The Keras that this layer belongs to."""
+    """Returns the Keras package that the layer belongs to."""
     ours = any(base.__module__.startswith("tf_keras.") for base in layer_class.__mro__)
     return importlib.import_module("tf_keras" if ours else "keras")

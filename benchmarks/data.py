@@ -1,4 +1,4 @@
-"""The numbers that every contender is given: the same in each process."""
+"""The data that every contender receives: the same in each process."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.cases import DEPTH, LayerCase
 
-# Drawing a GPU's tensors takes seconds: they are the same numbers over and over, which meet every channel.
+# Drawing a GPU's tensors takes seconds: repeat a short sequence whose length shifts it against the channels.
 _MOST_DRAWN, _DRAWN = 2**24, 2**20 + 1
 
 MOMENTUM = 0.9
@@ -25,7 +25,7 @@ class Parameters:
 
 
 def tensors(case: LayerCase) -> tuple[np.ndarray, np.ndarray]:
-    """The input and the gradient that comes from above, float32."""
+    """Returns the input and the upstream gradient, in float32."""
     random = np.random.default_rng(0)
 
     def normal() -> np.ndarray:
@@ -40,7 +40,7 @@ def tensors(case: LayerCase) -> tuple[np.ndarray, np.ndarray]:
 
 
 def parameters(case: LayerCase) -> list[Parameters]:
-    """Of each layer of the stack; none is the identity, none explodes."""
+    """Returns the weights of each layer of the stack; no layer is the identity, and none explodes."""
     random = np.random.default_rng(1)
     channels = case.shape[case.axis]
     return [

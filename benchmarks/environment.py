@@ -1,4 +1,4 @@
-"""What a run's numbers depend on besides the code: hardware, versions, variables."""
+"""What the results depend on besides the code: hardware, versions, environment variables."""
 
 import importlib.metadata
 import os
@@ -23,7 +23,7 @@ VARIABLES = (
     "LD_PRELOAD",
 )
 KEEP = {
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),  # glibc takes no more
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),  # the largest value that glibc accepts
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "MALLOC_TOP_PAD_": str(64 * 2**20),
 }
@@ -31,7 +31,7 @@ KEEP = {
 
 
 def of_workers(threads: int, keep_memory: bool) -> dict[str, str]:
-    """The variables that each worker is started with, over those that are set."""
+    """Returns the environment variables that each worker gets in addition."""
     variables = {
         "KERAS_BACKEND": "tensorflow",
         "OMP_NUM_THREADS": str(threads),
@@ -43,7 +43,7 @@ def of_workers(threads: int, keep_memory: bool) -> dict[str, str]:
 
 @contextmanager
 def variables(values: dict[str, str]) -> Iterator[None]:
-    """Sets environment variables, for the processes that are started inside."""
+    """Sets environment variables for processes started inside the context."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -57,7 +57,7 @@ def variables(values: dict[str, str]) -> Iterator[None]:
 
 
 def described(threads: int) -> dict[str, Any]:
-    """Of the process that asks; the device is added by a worker, which knows TensorFlow."""
+    """Describes the environment of this process. A worker, which has TensorFlow, adds the device."""
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -11,21 +11,21 @@ from benchmarks.cases import DEPTH, LayerCase
 from benchmarks.keras_layers import device
 from benchmarks.program import LeftOut, Program
 
-# Passes a step: so many values that starting the threads does not show, within reason.
+# Passes per step: enough values that the cost of starting threads does not show.
 LEAST_VALUES, MOST_ROUNDS = 2**22, 100
 
 
 def program(case: LayerCase, *, tensors: int = DEPTH) -> Program:
     """Multiplies ``tensors`` tensors of as many bytes as the case's, one after the other, in place.
 
-    As many as the stack has layers take as much room as the stack's activations do, which the
-    caches may not have. One alone, over and over, shows what the caches make of it.
+    As many tensors as the stack has layers need as much memory as its activations, which may exceed the
+    caches. A single tensor shows what the caches contribute.
 
-    Half-precision arithmetic would cost more than the memory does: these are float32 of as many
-    bytes.
+    The tensors are float32 with the same number of bytes, since half-precision arithmetic would cost more than
+    the memory traffic.
 
     Raises:
-        LeftOut: For one tensor alone on a GPU, whose caches are smaller than the tensors here.
+        LeftOut: For a single tensor on a GPU, whose caches are smaller than the tensors here.
     """
     values = int(np.prod(case.shape)) * tf.as_dtype(case.precision).size // 4
     if device() == "cpu":
@@ -36,9 +36,9 @@ def program(case: LayerCase, *, tensors: int = DEPTH) -> Program:
 
 
 def _in_threads(values: int, tensors: int) -> Program:
-    """By NumPy, on as many threads as the other contenders have: TensorFlow has no such operation.
+    """Runs in NumPy on as many threads as the other contenders use: TensorFlow has no such operation.
 
-    One that reads a tensor and writes another takes new memory for it each time.
+    A TensorFlow operation that writes another tensor allocates new memory each time.
     """
     threads = int(os.environ["OMP_NUM_THREADS"])
     parts = [
@@ -57,9 +57,9 @@ def _in_threads(values: int, tensors: int) -> Program:
 
 
 def _in_tensorflow(values: int) -> Program:
-    """By operations that TensorFlow runs in place, since nobody else holds their input.
+    """Runs operations that TensorFlow executes in place, since nothing else references their input.
 
-    That is all but the first, which writes to fresh memory. Multiplications alone would be folded
+    The first one is an exception: it writes to new memory. Multiplications alone would be merged
     into one.
     """
 

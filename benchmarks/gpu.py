@@ -1,15 +1,15 @@
-"""Everything that wants a GPU: the tests marked so, then the benchmark in parts, a short table last.
+"""Runs everything that needs a GPU: the marked tests, then the benchmark in parts, then a short table.
 
     python -m benchmarks.gpu [tests] [layers] [models] [ARGUMENTS of python -m benchmarks]
 
-Where a command may not take long, `--minutes 9` starts nothing after so many, and `--resume` goes on with
-what is left, test file by test file and case by case.
+With `--minutes 9`, nothing new starts after nine minutes; `--resume` continues with the remaining test files
+and cases.
 
 Layers are timed in training only, and the model is ResNet-50, unless the arguments say otherwise. Steps are
-queued for 50 ms and more before the one wait that ends a sample: where the GPU has more to do than the host,
-the host does not show. TensorFlow's convolutions in float32 run in TF32, as they do for everybody.
+queued for at least 50 ms before the wait that ends a sample, so the host's time does not show where the GPU is
+the bottleneck. TensorFlow's float32 convolutions run in TF32, which is its default.
 
-Where TensorFlow lists no GPU, the tests are skipped and the benchmark is the CPU's, so that all of it
+Where TensorFlow lists no GPU, the tests are skipped and the benchmark runs on the CPU, so that the command
 can be tried anywhere.
 """
 
@@ -38,7 +38,7 @@ _KEYS = ("tests", "failures", "errors", "skipped")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Ends with exit code 1 if a test failed, but not before everything was measured."""
+    """Returns 1 if a test failed, after measuring everything."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     named = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     rest = arguments[len(named) :]
@@ -73,18 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def files() -> list[Path]:
-    """The files of tests that have some for a GPU. The others may import what is not installed there."""
+    """Lists the test files with tests for a GPU. Other files may import packages that are not installed."""
     every = sorted((ROOT / "tests").rglob("test_*.py"))
     return [path for path in every if _NEEDS_A_GPU.search(path.read_text())]
 
 
 def report_name(path: Path) -> str:
-    """The file's path in tests/, as the name of its report."""
+    """Returns the name of a test file's report."""
     return ".".join(path.relative_to(ROOT / "tests").with_suffix("").parts)
 
 
 def tested_in_time(reports: Path, minutes: float) -> list[str]:
-    """Runs the files that have no report yet, one after the other; returns those that no time was left for."""
+    """Runs the test files that have no report yet, and returns those for which no time was left."""
     deadline = time.monotonic() + 60 * minutes
     missing = {report_name(path): path for path in files()}
     missing = {name: p for name, p in missing.items() if not (reports / f"{name}.xml").exists()}
@@ -96,11 +96,11 @@ def tested_in_time(reports: Path, minutes: float) -> list[str]:
 
 
 def tested(arguments: Sequence[str], report: Path) -> Counter[str]:
-    """How many tests passed, failed and were skipped; pytest's own report is kept beside the results."""
+    """Runs a test file, saves pytest's report, and returns how many tests passed, failed and were skipped."""
     command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *arguments]
     code = subprocess.run(command, check=False).returncode
     if code not in (0, 1, 5):  # 5: no test was selected.
-        report.unlink(missing_ok=True)  # Interrupted, it says too little, and would pass for whole.
+        report.unlink(missing_ok=True)  # An interrupted report would look complete.
         raise RuntimeError(
             f"pytest could not run the tests: it ended with exit code {code}. Received: {command}"
         )
@@ -108,7 +108,7 @@ def tested(arguments: Sequence[str], report: Path) -> Counter[str]:
 
 
 def counted(report: Path) -> Counter[str]:
-    """What a report of pytest says in the end."""
+    """Reads the counts from the last line of a pytest report."""
     suites = ET.parse(report).getroot().iter("testsuite")
     found = [{key: int(suite.get(key, 0)) for key in _KEYS} for suite in suites]
     tests, failures, errors, skipped = (sum(suite[key] for suite in found) for key in _KEYS)

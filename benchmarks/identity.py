@@ -1,4 +1,4 @@
-"""No normalization at all: what the framework around it costs."""
+"""No normalization: measures the cost of the framework."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import keras
 
 
 class Identity(keras.layers.Layer):
-    """Hands its input on; takes the place of a batch normalization layer."""
+    """Returns its input; stands in for a batch normalization layer."""
 
     def __init__(self, axis: int = -1, momentum: float = 0.0, epsilon: float = 0.0, **kwargs: Any):
         super().__init__(**kwargs)

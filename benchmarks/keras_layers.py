@@ -15,7 +15,7 @@ def program(layer_class: type, library: Any, case: LayerCase) -> Program:
     """Trains, or infers with, a stack of ``layer_class`` (of ``library``: keras or tf_keras).
 
     A training step returns the output and the gradients of input, gammas and betas, so that nothing
-    is left out as unused. The gradient from above is an input: no loss adds a pass of its own.
+    is pruned as unused. The upstream gradient is an input, so that no loss adds a pass.
     """
     policy = case.precision if case.precision == "float32" else f"mixed_{case.precision}"
     x, dy = (tf.cast(tensor, case.precision) for tensor in data.tensors(case))
@@ -24,7 +24,7 @@ def program(layer_class: type, library: Any, case: LayerCase) -> Program:
             axis=case.axis,
             momentum=data.MOMENTUM,
             epsilon=data.EPSILON,
-            # Keras 2 takes no policy's name here.
+            # Keras 2 does not accept the name of a policy here.
             dtype=library.mixed_precision.Policy(policy),
         )
         for _ in range(DEPTH)
@@ -66,7 +66,7 @@ def program(layer_class: type, library: Any, case: LayerCase) -> Program:
         if gradients:
             found["dx"] = gradients[0]
         if len(gradients) > 1:
-            # The next layer undoes a layer's gamma and beta, so that only the last one's matter.
+            # Each layer undoes the gamma and beta of the previous one, so only the last ones matter.
             found.update(dgamma=gradients[-2], dbeta=gradients[-1], mean=layers[-1].moving_mean)
         return {name: some(tf.cast(value, tf.float32).numpy()) for name, value in found.items()}
 
@@ -82,5 +82,5 @@ def program(layer_class: type, library: Any, case: LayerCase) -> Program:
 
 
 def device() -> str:
-    """Where TensorFlow puts things when nobody says."""
+    """Returns the default device of TensorFlow."""
     return "gpu" if tf.config.list_physical_devices("GPU") else "cpu"

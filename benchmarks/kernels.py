@@ -1,4 +1,4 @@
-r"""tfbn's layer by other kernels than those that it chooses, to see whether it chooses well.
+r"""tfbn's layer with a fixed kernel, to check the choice that the layer makes.
 
     python -m benchmarks layers --phases train --modes graph \
         --contenders keras tfbn benchmarks.kernels:Formula benchmarks.kernels:Compiled floor
@@ -43,7 +43,7 @@ class _Chosen(tfbn.BatchNormalization):
 
 
 class Formula(_Chosen):
-    """By ordinary operations, with a gradient written by hand."""
+    """Uses ordinary operations with a hand-written gradient."""
 
     kernel = formula.Formula
 

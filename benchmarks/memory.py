@@ -1,4 +1,4 @@
-"""How much memory a process takes at its peak: of the machine, on Linux, or of a GPU."""
+"""The peak memory of a process: on the host (Linux), or on a GPU."""
 
 import ctypes
 import gc
@@ -14,7 +14,7 @@ SMALL = 64 * 1024
 
 
 def resident() -> float | None:
-    """Megabytes that this process holds now; None where Linux's /proc is not."""
+    """Returns the resident megabytes of this process; None without Linux's /proc."""
     return _status("VmRSS")
 
 
@@ -49,8 +49,8 @@ def peak(run: Callable[[], Any]) -> float | None:
 
 
 def peak_on_gpu(run: Callable[[], Any]) -> float:
-    """Megabytes that TensorFlow has handed out on the first GPU at most while ``run`` runs."""
-    import tensorflow as tf  # Not every contender has it.
+    """Returns the peak megabytes that TensorFlow allocates on the first GPU while ``run`` runs."""
+    import tensorflow as tf  # Not every contender has the module.
 
     tf.config.experimental.reset_memory_stats("GPU:0")
     run()

@@ -1,4 +1,4 @@
-"""Whole networks of Keras 3 or 2, with any layer in the place of their batch normalization."""
+"""Whole networks of Keras 3 or 2, with any layer in place of batch normalization."""
 
 import functools
 import time
@@ -20,7 +20,7 @@ LEARNING_RATE = 0.0
 
 
 def program(layer_class: Any, library: Any, case: ModelCase) -> Program:
-    """One training step by SGD with momentum, or one inference, from a batch to the loss or the logits."""
+    """Runs one training step with SGD and momentum, or one inference, from a batch to the loss or the logits."""
     model, held_before = built(layer_class, library, case.subject, case.precision)
     random = np.random.default_rng(0)
     size = SIZES[device()][case.subject]
@@ -74,7 +74,7 @@ def program(layer_class: Any, library: Any, case: ModelCase) -> Program:
 
 @functools.lru_cache(maxsize=1)
 def built(layer_class: Any, library: Any, name: str, precision: str) -> tuple[Any, float | None]:
-    """The network, and the megabytes that the process held before there was one."""
+    """Builds the network; also returns the megabytes that the process held before."""
     tf.random.normal([]).numpy()  # TensorFlow itself starts up with the first operation.
     held = memory.resident()
     policy = precision if precision == "float32" else f"mixed_{precision}"
@@ -105,7 +105,7 @@ def built(layer_class: Any, library: Any, name: str, precision: str) -> tuple[An
 
 
 def _resnet20(library: Any) -> Any:
-    """For images of 32×32, as He et al. (2015) have it in section 4.2, with projections as shortcuts."""
+    """ResNet-20 for 32×32 images, as in section 4.2 of He et al. (2015), with projection shortcuts."""
     layers = library.layers
 
     def normalized(x: Any, filters: int, size: int, strides: int = 1) -> Any:

@@ -1,4 +1,4 @@
-"""A run's results as a picture."""
+"""Draws the results of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ COLORS = {name: mpl.colormaps["tab10"](index) for index, name in enumerate(NAMES
 
 
 def draw(run: dict[str, Any], path: Path) -> None:
-    """A row for each mode and for the models, a column for each phase; bars by subject."""
+    """Draws one row per mode, and one for the models, with a column per phase and bars by subject."""
     kinds = [("layers", mode) for mode in ("graph", "xla", "eager")]
     kinds += [("models", mode) for mode in ("graph", "xla", "eager")]
     rows = [

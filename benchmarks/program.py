@@ -1,4 +1,4 @@
-"""One contender's program for one case, and the clock around it."""
+"""The program of a contender for a case, and how it is timed."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ SAMPLE_SECONDS = {"cpu": 0.005, "gpu": 0.05}
 
 
 class LeftOut(Exception):
-    """This contender does not take part, in a case or at all; the text says why."""
+    """The contender does not take part, in one case or at all; the message says why."""
 
 
 @dataclass
@@ -61,18 +61,18 @@ class Program:
         }
 
     def memory(self) -> dict[str, float]:
-        """The peak, where this program has one and it can be known."""
+        """Returns the peak memory, if the program measures it."""
         megabytes = self.peak(lambda: self._timed(1)) if self.peak else None
         return {} if megabytes is None else {"peak_mb": megabytes}
 
     def turn(self, seconds: float) -> list[float]:
         """Milliseconds a part, from samples that take about ``seconds`` in all, two at least."""
-        self._timed(1)  # The others had the caches since our last turn.
+        self._timed(1)  # Other contenders have used the caches since the last turn.
         count = max(2, round(seconds / (self._steps * self._step_seconds)))
         return [1e3 * self._timed(self._steps) / self.parts for _ in range(count)]
 
     def _timed(self, steps: int) -> float:
-        """Seconds a step."""
+        """Returns the seconds per step."""
         begin = time.perf_counter()
         for _ in range(steps):
             self.step()
@@ -81,7 +81,7 @@ class Program:
 
 
 def some(values: np.ndarray, count: int = 512) -> np.ndarray:
-    """About ``count`` of the values, from all over the array."""
+    """Returns about ``count`` of the values, spread over the array."""
     flat = np.asarray(values).astype(np.float64).reshape(-1)
     # An odd stride meets every channel, however many there are (they are mostly a power of 2).
     return flat[:: max(1, flat.size // count) | 1]

@@ -1,4 +1,4 @@
-"""Runs contenders against each other, each in a process of its own, in turns."""
+"""Runs contenders against each other, in turns, each in its own process."""
 
 import multiprocessing
 import sys
@@ -19,7 +19,7 @@ IMPORT_SECONDS, START_SECONDS, TURN_SECONDS = 180.0, 300.0, 120.0
 
 
 class Failed(Exception):
-    """A contender's program raised, its process ended, or it took too long; the text says which."""
+    """A contender's program raised, ended or took too long; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Settings:
     """How to measure.
 
     Attributes:
-        turns: How often each contender has its turn.
-        seconds: How long a turn takes, about; two samples at least.
-        threads: How many threads each contender may use.
+        turns: Number of turns per contender.
+        seconds: Approximate seconds per turn; at least two samples.
+        threads: Number of threads per contender.
         keep_memory: Whether the C library keeps freed memory, for every contender.
     """
 
@@ -40,10 +40,10 @@ class Settings:
 
 
 class Worker:
-    """A contender's process, seen from outside."""
+    """The handle of a contender's process."""
 
     def __init__(self, name: str, settings: Settings):
-        # TensorFlow says a lot on its way up; only what a failed worker said is of interest.
+        # TensorFlow logs much at startup; it is shown only if the worker fails.
         self._messages = tempfile.NamedTemporaryFile()  # noqa: SIM115
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
@@ -87,7 +87,7 @@ class Worker:
         return value
 
     def messages(self) -> str:
-        """What the process wrote to standard error."""
+        """Returns what the process wrote to standard error."""
         return Path(self._messages.name).read_text(errors="replace")
 
     @property
@@ -102,10 +102,10 @@ class Worker:
 
 
 class Race:
-    """Measures cases; a context manager, which ends every process that it started.
+    """Measures cases. As a context manager, it ends every process that it started.
 
     Attributes:
-        left_out: Why contenders take no part at all, by name.
+        left_out: Why a contender does not take part, by name.
         device: What the contenders run on.
     """
 
@@ -125,7 +125,7 @@ class Race:
         self._end()
 
     def run(self, cases: Iterable[Case], report: Callable[[dict], None]) -> list[dict[str, Any]]:
-        """Measures the cases one after the other; ``report`` is given each result at once."""
+        """Measures the cases in order, and passes each result to ``report`` at once."""
         results = []
         for case in cases:
             if self._at not in ("", case.worker):
@@ -146,7 +146,7 @@ class Race:
                 found[name] = answer
                 samples[name] = []
         for turn in range(self.settings.turns):
-            # Who is first in one turn is last in the next.
+            # The first contender of one turn is the last of the next.
             names = [name for name in samples if "failed" not in found[name]]
             for name in np.roll(names, -turn).tolist():
                 answer = self._ask(name, "turn", self.settings.seconds, TURN_SECONDS, found)
@@ -162,7 +162,7 @@ class Race:
         return found
 
     def _ask(self, name: str, verb: str, argument: Any, limit: float, found: dict) -> Any:
-        """An answer, or None and the reason in ``found``."""
+        """Returns the answer, or None with the reason in ``found``."""
         try:
             return self._workers[name].ask(verb, argument, limit)
         except LeftOut as reason:
@@ -173,7 +173,7 @@ class Race:
         return None
 
     def _start(self) -> None:
-        """Starts the processes that are missing, all at once: nothing is measured meanwhile."""
+        """Starts missing processes in parallel, while nothing is measured."""
         for name, old in list(self._workers.items()):
             if not old.alive:
                 old.end()

@@ -1,4 +1,4 @@
-"""A run's results: kept as JSON, and the ratios that are read from them."""
+"""The results of a run, stored as JSON, and ratios between them."""
 
 import json
 import math
@@ -17,12 +17,12 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def by_network(path: Path) -> dict[str, dict[str, Any]]:
-    """The results in a file, which need not be there, by the networks that they are of."""
+    """Loads results by network; the file may be missing."""
     return {r["network"]: r for r in load(path)["results"]} if path.exists() else {}
 
 
 def resumed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """A run that begins with the results of an earlier one.
+    """Returns a run that starts with the results of an earlier one.
 
     Raises:
         ValueError: If they would not belong together: another machine, other versions, other settings.
@@ -32,7 +32,7 @@ def resumed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
         different = {k: (there.get(k), v) for k, v in here.items() if there.get(k) != v}
         different.pop(
             "memory_gib", None
-        )  # A little less of it is free each time that a machine starts.
+        )  # The memory that is available varies a little from boot to boot.
         if different:
             raise ValueError(
                 f"The results that are there were found in another way: {different}. "
@@ -47,17 +47,17 @@ def resumed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 
 def has(run: dict[str, Any], case: dict[str, Any]) -> bool:
-    """Whether there is a result of this case, as JSON keeps it."""
+    """Returns whether the run has a result of the case, given as stored in JSON."""
     return bool(select(run, **json.loads(json.dumps(case))))
 
 
 def select(run: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
-    """The results whose case has these values."""
+    """Returns the results whose cases have these values."""
     return [r for r in run["results"] if all(r.get(key) == v for key, v in wanted.items())]
 
 
 def value(result: dict[str, Any], contender: str, key: str = "ms") -> float | None:
-    """What a contender reached in a case; None if it did not run it."""
+    """Returns a contender's value in a case; None if it did not run."""
     return result["contenders"].get(contender, {}).get(key)
 
 
@@ -79,7 +79,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def _rounded(value: Any) -> Any:
-    """Four digits: more say nothing, and make changes hard to read."""
+    """Rounds to four digits: more are noise, and make diffs hard to read."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):

@@ -1,12 +1,12 @@
-r"""Measures what statistics over replicas cost: step time and collectives, against the number of replicas.
+r"""Measures the cost of statistics across replicas: step time and collectives by number of replicas.
 
     python -m benchmarks.scaling                         # 1 to 4 virtual CPU devices: a minute or two
     python -m benchmarks.scaling --replicas 1 2 --turns 3 --depth 2 --shape 8 4 4 8
 
-A stack of layers, forward and backward, each replica with a batch of its own: ours and Keras's,
-synchronized and not, in turns in one process; a process for each number of replicas. Virtual devices share
-the cores of one machine: their times say what the collectives and their packing cost there, not how fast a
-cluster is. For that there is a model of costs, `seconds`, with the latency and the bandwidth of your network.
+Runs a stack of layers, forward and backward, each replica with its own batch: tfbn's and Keras's layers,
+synchronized and not, in turns in one process per number of replicas. Virtual devices share the cores of one
+machine, so their times show the cost of the collectives there, not the speed of a cluster. `seconds` models
+that from the latency and bandwidth of your network.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--shape", type=int, nargs="+", default=[32, 28, 28, 64], help="of a replica's batch"
     )
     parser.add_argument("--depth", type=int, default=4, help="layers in the stack")
-    parser.add_argument("--turns", type=int, default=15, help="how often each has its turn")
+    parser.add_argument("--turns", type=int, default=15, help="turns per contender")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"))
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def in_a_process(options: argparse.Namespace, replicas: int) -> dict[str, Any]:
-    """TensorFlow can be given virtual devices only once."""
+    """Runs in a new process, since TensorFlow's virtual devices can be set only once."""
     command = [sys.executable, "-m", "benchmarks.scaling", "--measure", "--replicas", str(replicas)]
     for name in ("depth", "turns", "threads"):
         command += [f"--{name}", str(getattr(options, name))]
@@ -96,7 +96,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
             for again in range(2):
                 start = time.perf_counter()
                 steps[kind].run()
-                if again:  # The first one of a turn fills the caches.
+                if again:  # The first step of a turn fills the caches.
                     times[kind].append(1e3 * (time.perf_counter() - start))
     return {
         "replicas": replicas,
@@ -113,7 +113,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class step:
-    """One training step of a stack on all replicas, and how many collectives a replica takes part in."""
+    """Runs a training step of a stack on all replicas, and counts the collectives per replica."""
 
     def __init__(self, strategy: Any, kind: str, shape: Sequence[int], depth: int, x: Any):
         import keras
@@ -151,7 +151,7 @@ class step:
 
 
 def all_reduce(size: float, replicas: int, latency: float, bandwidth: float) -> float:
-    """Seconds of an all-reduce of so many bytes: the better one of a tree and a ring."""
+    """Models the seconds of an all-reduce: the faster of a tree and a ring."""
     if replicas == 1:
         return 0.0
     sent = 2 * size * (replicas - 1) / replicas / bandwidth
@@ -162,7 +162,7 @@ def all_reduce(size: float, replicas: int, latency: float, bandwidth: float) -> 
 def seconds(
     kind: str, channels: Sequence[int], replicas: int, latency: float, bandwidth: float
 ) -> float:
-    """What the statistics of a model cost a training step, if nothing hides them behind computation.
+    """Models the seconds that the statistics of a model add to a training step if not overlapped with computation.
 
     Ours, a layer with C channels: apart, one all-reduce of 2C + 1 numbers (in `TrainingLoop` one for all
     layers); synchronized, forward one of a row of 3C + 1 numbers for each replica (of more than 16 two, of C + 1

@@ -1,13 +1,13 @@
 r"""Measures how fast folded models are served, against the stock model and one without batch normalization.
 
-    python -m benchmarks.serving                          # three networks: some minutes
-    python -m benchmarks.serving ResNet50 --turns 30      # this one anew, the others as they were
+    python -m benchmarks.serving                          # three networks: a few minutes
+    python -m benchmarks.serving ResNet50 --turns 30      # only this one; the others keep their results
 
 Five SavedModels of each network, in the same process and in turns: `stock`, as `model.export` of Keras writes
 it; `folded`, what `tfbn.fold` returns, written in the same way; `bare`, the network built without batch
 normalization (with the biases that its convolutions then need), in the same way; `tfbn`, by `tfbn.export`; and
-`bare tfbn`, the network without batch normalization by `tfbn.export`. Exporting and measuring are
-processes apart, the second one without tfbn and Keras. Writes JSON, and Markdown beside it.
+`bare tfbn`, the network without batch normalization by `tfbn.export`. Exporting and measuring run in
+separate processes, the second one without tfbn and Keras. Writes JSON, and Markdown beside it.
 """
 
 import datetime
@@ -36,7 +36,7 @@ RATIOS = [("stock", "folded"), ("stock", "tfbn"), ("folded", "bare"), ("tfbn", "
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line.parser("benchmarks.serving", __doc__)
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help="any of keras.applications")
-    parser.add_argument("--turns", type=int, default=60, help="how often each has its turn")
+    parser.add_argument("--turns", type=int, default=60, help="turns per contender")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--models", type=Path, help="keep the SavedModels here, or take them from here"
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def export(name: str, folder: Path) -> None:
-    """Writes all kinds of SavedModels of a network of random weights and statistics."""
+    """Writes all SavedModels of a network with random weights and statistics."""
     import tfbn
 
     stock = built(name, SIZE)
@@ -80,7 +80,7 @@ def export(name: str, folder: Path) -> None:
 
 
 def without_batch_normalization(model: Any) -> Any:
-    """The network as somebody builds it who does without: with biases instead."""
+    """Builds the network without batch normalization, and with biases instead."""
     import keras
 
     def copy(layer: Any) -> Any:
@@ -97,7 +97,7 @@ def without_batch_normalization(model: Any) -> Any:
 
 
 def measured(name: str, folder: Path, turns: int, threads: int) -> dict[str, Any]:
-    """What a process without tfbn and Keras needs to serve them."""
+    """Measures the SavedModels in a process without tfbn and Keras."""
     batch = NETWORKS.get(name, (8, 1.0))[0]
     command = [sys.executable, "-m", "benchmarks.serving", "--serve", str(folder.resolve())]
     done = subprocess.run(
@@ -160,7 +160,7 @@ def section(run: dict[str, Any]) -> str:
 
 
 def serve(folder: Path, batch: int, turns: int, threads: int) -> None:
-    """Runs them in turns and prints the times as JSON."""
+    """Runs the SavedModels in turns, and prints the times as JSON."""
     import time
 
     for absent in ("tfbn", "keras"):
@@ -186,14 +186,14 @@ def serve(folder: Path, batch: int, turns: int, threads: int) -> None:
                 start = time.perf_counter()
                 (outputs,) = function(**{name: images}).values()
                 outputs.numpy()
-                if again:  # The first one of a turn fills the caches.
+                if again:  # The first call of a turn fills the caches.
                     times[kind].append(1e3 * (time.perf_counter() - start))
     result: dict[str, Any] = {
         kind: dict(zip(("q1", "median", "q3"), np.percentile(values, [25, 50, 75]), strict=True))
         for kind, values in times.items()
     }
     for one, other in RATIOS:
-        # Turn by turn: what else the machine does meets both.
+        # Ratios turn by turn: other load on the machine affects both.
         result[f"{one} / {other}"] = float(np.median(np.divide(times[one], times[other])))
     print(json.dumps(result))
 

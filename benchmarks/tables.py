@@ -1,4 +1,4 @@
-"""A run's results as Markdown."""
+"""Formats the results of a run as Markdown."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ then x and dy twice and dx once; in inference x once and y once. A pass in place
 
 
 def document(run: dict[str, Any]) -> str:
-    """Everything, for the file beside the JSON."""
+    """Returns the whole document, for the file beside the JSON."""
     parts = [f"# {title(run)}", setting(run)]
     for suite, unit in (("layers", "a layer, in a stack of 8"), ("models", "a step")):
         for phase, precision, mode in kinds(run, suite):
@@ -40,7 +40,7 @@ def title(run: dict[str, Any]) -> str:
 
 
 def setting(run: dict[str, Any]) -> str:
-    """What was run on what, and who did not take part."""
+    """Describes the environment, the settings, and who did not take part."""
     e = run["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
     variables = ", ".join(f"`{name}={v}`" for name, v in e["variables"].items()) or "none"
@@ -69,7 +69,7 @@ def timings(run: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
 
 
 def bandwidth(run: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
-    """What the times say of the memory: that of a floor is what the machine has to give."""
+    """Formats memory bandwidths; the floor's is the machine's limit."""
     names = [name for name in _running(run, results) if name != "identity"]
     rows = []
     for result in results:
@@ -92,7 +92,7 @@ def memory(run: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
 
 
 def comparison(run: dict[str, Any], ours: str = "tfbn") -> str:
-    """Ours against the others, in ratios: above 1, ours is the faster one, or takes less memory."""
+    """Formats the ratios of the others to tfbn: above 1, tfbn is faster or needs less memory."""
     rows = []
     for suite in ("layers", "models"):
         for phase, precision, mode in kinds(run, suite):
@@ -115,13 +115,13 @@ def comparison(run: dict[str, Any], ours: str = "tfbn") -> str:
 def floor_multiples(
     results: Sequence[dict[str, Any]], contender: str, floor: str
 ) -> dict[str, float]:
-    """By subject, how many times as long as the passes that it cannot do without a contender takes."""
+    """Returns by subject the contender's time relative to the unavoidable passes over memory."""
     passes = {result["subject"]: PASSES[result["phase"]] for result in results}
     return {s: 2 * ratio / passes[s] for s, ratio in ratios(results, contender, floor).items()}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A table in Markdown; so many columns are words, aligned to the left, and the others numbers."""
+    """Formats a Markdown table; the first columns are text, aligned left, the others numbers."""
     lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -135,14 +135,14 @@ def _ratio_row(name: str, found: dict[str, float]) -> list[list[str]]:
 
 
 def kinds(run: dict[str, Any], suite: str) -> list[tuple[str, str, str]]:
-    """Phase, precision and mode of what was run, training first."""
+    """Lists the phases, precisions and modes of a run, training first."""
     found = {(r["phase"], r["precision"], r["mode"]) for r in select(run, suite=suite)}
     order = ("train", "infer", "float32", "bfloat16", "float16", "graph", "xla", "eager")
     return sorted(found, key=lambda kind: [order.index(part) for part in kind])
 
 
 def _running(run: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[str]:
-    """The contenders that have anything to show here."""
+    """Lists the contenders that have results here."""
     return [
         n
         for n in run["contenders"]

@@ -1,4 +1,4 @@
-"""A stack of PyTorch's layers, channels last in memory where the case has them last."""
+"""A stack of PyTorch layers, channels last in memory if the case has them last."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ LAYERS = {
 def program(case: LayerCase) -> Program:
     """Trains, or infers with, a stack of ``torch.nn.BatchNorm*d``, eagerly.
 
-    That is how most of PyTorch runs, and on a CPU its compiler made these stacks slower, not faster.
+    Most PyTorch code runs eagerly, and on a CPU its compiler made these stacks slower.
     """
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, case.precision)
@@ -29,7 +29,7 @@ def program(case: LayerCase) -> Program:
     x, dy = (there(torch.from_numpy(t).to(place, dtype)) for t in data.tensors(case))
     layers = []
     for weights in data.parameters(case):
-        # Its momentum is the weight of what is new; Keras's, of what is old.
+        # PyTorch's momentum is the weight of the new value, Keras's of the old one.
         layer = LAYERS[x.ndim](x.shape[1], eps=data.EPSILON, momentum=1 - data.MOMENTUM)
         layer.load_state_dict(
             {
@@ -81,7 +81,7 @@ def program(case: LayerCase) -> Program:
 
 
 def _layout(case: LayerCase) -> tuple[Callable, Callable]:
-    """To PyTorch's order of axes, channels second, without moving anything in memory; and back."""
+    """Converts to PyTorch's order of axes, channels second, and back, without moving data."""
     rank = len(case.shape)
     if case.axis == 1:
         return lambda t: t, lambda t: t

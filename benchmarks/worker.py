@@ -1,4 +1,4 @@
-"""The process of one contender: does what the parent asks for, one thing at a time."""
+"""The process of a contender: answers requests of the parent one at a time."""
 
 import gc
 import os
@@ -11,10 +11,10 @@ from benchmarks.program import LeftOut
 
 
 def serve(connection: Connection, name: str, threads: int, messages: str) -> None:
-    """Answers requests until the parent hangs up.
+    """Answers requests until the parent closes the connection.
 
     A request is (verb, argument), an answer ("done", value), ("left out", why) or ("failed", why).
-    The first answer comes unasked and says on what device this contender runs, or why it does not.
+    The first answer comes without a request: the device of the contender, or why it does not run.
     """
     with Path(messages).open("ab") as file:
         os.dup2(file.fileno(), 2)

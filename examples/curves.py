@@ -9,7 +9,7 @@ with from_extra("plots"):
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito's blue and vermilion, which a colour-blind reader tells apart; the dashes serve in print.
+# Okabe and Ito's blue and vermilion, which colour-blind readers can tell apart; the dashes help in print.
 TRAINING = {"color": "#0072B2", "linestyle": "-", "label": "training set"}
 TEST = {"color": "#D55E00", "linestyle": "--", "label": "test set"}
 
@@ -19,8 +19,8 @@ def plot(history: Mapping[str, Sequence[float]], path: Path, title: str) -> None
 
     Args:
         history: For each epoch `loss`, `accuracy`, `val_loss`, `val_accuracy`, as in Keras's History.
-        path: Of the PNG to write.
-        title: Over the picture.
+        path: Where to write the PNG.
+        title: The title of the picture.
     """
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     figure.suptitle(title)

@@ -1,4 +1,4 @@
-"""Images of ten kinds, through TensorFlow Datasets: handwritten digits at hand, larger sets by download."""
+"""Images of ten classes, through TensorFlow Datasets: scikit-learn's digits, and larger sets to download."""
 
 import contextlib
 import fcntl
@@ -15,21 +15,21 @@ import tensorflow as tf
 from examples.extras import from_extra
 
 with from_extra("examples"):
-    import importlib_resources  # noqa: F401  (TensorFlow Datasets needs it, but does not ask for it)
+    import importlib_resources  # noqa: F401  (TensorFlow Datasets needs it, but does not declare it)
     import sklearn.datasets
     import tensorflow_datasets as tfds
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
-BRIGHTEST = {"digits": 16}  # of a pixel; the others have a byte for it
+BRIGHTEST = {"digits": 16}  # largest value of a pixel; 255 in the other datasets
 NETWORK_PATIENCE = 10  # seconds
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """The 1,797 scans of handwritten digits that scikit-learn has in its package: no download.
+    """The 1,797 scanned handwritten digits that come with scikit-learn: no download.
 
-    The split is fixed and stratified. Of the images in order of their digit (and, within a digit, in
-    scikit-learn's order) every fifth is held out: 360 for the test, 36 of each digit or one more or
-    less, and 1,437 for training. Both parts have digits of the same writers.
+    The split is fixed and stratified. Images are sorted by digit, and within a digit by
+    scikit-learn's order; every fifth is held out. That gives 360 images for the test, 35 to 37 of each
+    digit, and 1,437 for training. Both parts contain digits by the same writers.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -74,21 +74,21 @@ class Data(NamedTuple):
 
 
 def default_data_dir() -> Path:
-    """Where prepared data is kept: `TFDS_DATA_DIR`, or a folder of the checkout that git ignores."""
+    """Where prepared data is stored: `TFDS_DATA_DIR`, or a folder of the checkout that git ignores."""
     here = Path(__file__).parents[1] / "saved_models" / "tfds"
     return Path(os.environ.get("TFDS_DATA_DIR") or here)
 
 
 def load(name: str, data_dir: Path | None = None) -> Data:
-    """Prepares a dataset once, and reads it from then on. Several processes may ask at once.
+    """Prepares a dataset the first time, and reads it afterwards. Several processes may call it at once.
 
     Args:
-        name: One of `DATASETS`. All but the digits are downloaded the first time.
-        data_dir: Where to keep it; by default `default_data_dir()`.
+        name: One of `DATASETS`. All except the digits are downloaded the first time.
+        data_dir: Where to store it; by default `default_data_dir()`.
 
     Raises:
-        ValueError: for another name.
-        ConnectionError: when a download is needed and its server cannot be reached.
+        ValueError: if the name is unknown.
+        ConnectionError: if a download is needed and its server cannot be reached.
     """
     if name not in DATASETS:
         raise ValueError(
@@ -96,7 +96,7 @@ def load(name: str, data_dir: Path | None = None) -> Data:
         )
     data_dir = default_data_dir() if data_dir is None else data_dir
     data_dir.mkdir(parents=True, exist_ok=True)
-    # Of two processes that prepare the same data, one waits and finds the other's work done.
+    # If two processes prepare the same data, the second one waits and then finds it prepared.
     with _locked(data_dir / f"{name}.lock"):
         builder = tfds.builder(name, data_dir=data_dir)
         if builder.url_infos and not builder.is_prepared():
@@ -117,13 +117,13 @@ def load(name: str, data_dir: Path | None = None) -> Data:
 
 
 def _check_sources(name: str, urls: Sequence[str]) -> None:
-    """Fails at once where TensorFlow Datasets would try again for minutes."""
+    """Fails at once where TensorFlow Datasets would retry for minutes."""
     for url in urls:
         request = urllib.request.Request(url, method="HEAD")
         try:
             urllib.request.urlopen(request, timeout=NETWORK_PATIENCE).close()
         except urllib.error.HTTPError:
-            pass  # An answer, if not the one hoped for: TensorFlow Datasets knows better how to ask.
+            pass  # The server answers, if only to reject this request: leave the rest to TensorFlow Datasets.
         except OSError as error:
             raise ConnectionError(
                 f"The dataset {name!r} has to be downloaded once, and its server does not answer. "

@@ -1,13 +1,13 @@
-"""A classifier of black cats meets coloured cats: what batch normalization can mend, and what not.
+"""A classifier trained on black cats sees coloured cats: what recalibration can mend, and what it cannot.
 
     python -m examples.domain_shift
 
-A small network learns white digits on black. The same digits come in other colours, and it fails: the
-inputs of every layer have moved away from the moving statistics. `tfbn.recalibrate` gives it those of
-the new images, of which it sees no label; no weight changes.
+A small network learns white digits on black. On the same digits in other colours it fails: the
+inputs of every layer have moved away from the moving statistics. `tfbn.recalibrate` replaces these by the
+statistics of the new images. It needs no labels and changes no weights.
 
-It mends what a shift and a scale for each channel can mend: less contrast, other colours. Where ink and
-paper change places every edge changes its sign, and that it cannot.
+It mends what a shift and a scale per channel can mend: less contrast, other colours. It cannot mend swapped
+ink and paper, which change the sign of every edge.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SHOWN = 6  # images of each domain in the picture
 
 
 class Outcome(NamedTuple):
-    """What became of the network in one domain; accuracies from 0 to 1."""
+    """The network's accuracies in one domain, from 0 to 1."""
 
     domain: str
     before: float
@@ -49,13 +49,13 @@ def faded(digits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def blue_on_yellow(digits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One colour of ink on one colour of paper."""
+    """Blue ink on yellow paper."""
     ink, paper = np.array([0.1, 0.2, 0.7]), np.array([0.95, 0.85, 0.3])
     return paper + (ink - paper) * digits
 
 
 def coloured(digits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Bright ink on dark paper, each image in colours of its own."""
+    """Bright ink on dark paper, with different colours in each image."""
     size = (len(digits), 1, 1, 3)
     ink, paper = rng.uniform(0.5, 1.0, size), rng.uniform(0.0, 0.4, size)
     return paper + (ink - paper) * digits
@@ -71,7 +71,7 @@ DOMAINS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; what a user can mend ends it with a message and without a traceback."""
+    """Runs the command. An error that the user can fix prints a message without a traceback."""
     parser = argparse.ArgumentParser(prog="domain_shift", description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=10, help="default: 10")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
@@ -95,10 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(epochs: int, seed: int) -> tuple[list[Outcome], dict[str, np.ndarray]]:
-    """Trains on white digits on black, and takes the network to the other domains.
+    """Trains on white digits on black, and tests the network in the other domains.
 
     Returns:
-        What became of it in each, and a few test images of each.
+        The outcome in each domain, and a few test images of each.
     """
     import keras
 
@@ -133,7 +133,7 @@ def run(epochs: int, seed: int) -> tuple[list[Outcome], dict[str, np.ndarray]]:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """The outcomes as lines of text."""
+    """Formats the outcomes as a table."""
     lines = [f"{'test digits':<16}{'accuracy':>10}{'recalibrated':>15}{'first mean moved by':>22}"]
     for domain, before, after, shift in outcomes:
         lines.append(f"{domain:<16}{before:>10.1%}{after:>15.1%}{shift:>20.2f} σ")
@@ -141,7 +141,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def plot(outcomes: Sequence[Outcome], images: dict[str, np.ndarray], path: Path) -> None:
-    """Draws a row for each domain: some of its images, and the accuracies before and after."""
+    """Draws one row per domain: some of its images, and the accuracies before and after."""
     from examples.extras import from_extra
 
     with from_extra("plots"):

@@ -1,4 +1,4 @@
-"""What to say when a package that tfbn itself does not need is missing."""
+"""The error for a missing package that only an extra of tfbn installs."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def from_extra(extra: str) -> Iterator[None]:
-    """Wraps imports: where one fails, the error names the extra of tfbn that brings the package.
+    """Wraps imports: if one fails, the error names the extra of tfbn that installs the package.
 
     Raises:
-        ImportError: with the cure, in place of the one that was raised inside.
+        ImportError: in place of the original one, with the command that installs the extra.
     """
     try:
         yield

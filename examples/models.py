@@ -1,4 +1,4 @@
-"""Small networks, written to be read, with batch normalization where the lectures put it.
+"""Small networks, written to be read, with batch normalization before or after the activation.
 
 A hidden layer is a linear map, a normalization and an activation g:
 
@@ -6,8 +6,8 @@ A hidden layer is a linear map, a normalization and an activation g:
     after                   a' = BN(g(W a + b))
     no normalization        a' = g(W a + b)
 
-Where the normalization comes next, the bias is left out: BN subtracts the mean, and with it any
-constant; its own β takes the place.
+A layer followed by normalization has no bias: BN subtracts the mean, and any constant with it. Its β
+takes the place of the bias.
 """
 
 import dataclasses
@@ -29,15 +29,15 @@ PLACEMENTS = ("before", "after")
 
 @dataclasses.dataclass(frozen=True)
 class Hidden:
-    """How the hidden layers of a network are built.
+    """Builds the hidden layers of a network.
 
     Attributes:
         norm: A key of `NORMS`.
-        placement: One of `PLACEMENTS`: of the normalization, as seen from the activation.
+        placement: One of `PLACEMENTS`: whether normalization comes before or after the activation.
         activation: The name of a Keras activation.
-        momentum: Of the moving statistics. Keras's 0.99 remembers some hundred steps, which is all
-            that a small network trains for: it would be tested with statistics of the past.
-        initializer: Of W.
+        momentum: The momentum of the moving statistics. Keras's default, 0.99, averages over some hundred
+            steps, which may be the whole training of a small network: the statistics would be outdated.
+        initializer: The initializer of W.
     """
 
     norm: str = "tfbn"
@@ -59,7 +59,7 @@ class Hidden:
         return self.activate(self.weigh(a, linear, *args, **kwargs))
 
     def weigh(self, a: Any, linear: type[layers.Layer], *args: Any, **kwargs: Any) -> Any:
-        """What comes before the activation: z = W a + b, or BN(W a)."""
+        """Returns the input of the activation: z = W a + b, or BN(W a)."""
         normalize = self._normalization("before")
         weights = linear(
             *args, use_bias=normalize is None, kernel_initializer=self.initializer, **kwargs
@@ -67,7 +67,7 @@ class Hidden:
         return weights(a) if normalize is None else normalize(weights(a))
 
     def activate(self, z: Any) -> Any:
-        """The activation, and what comes after it: g(z), or BN(g(z))."""
+        """Returns the output of the hidden layer: g(z), or BN(g(z))."""
         normalize = self._normalization("after")
         a = layers.Activation(self.activation)(z)
         return a if normalize is None else normalize(a)
@@ -85,7 +85,7 @@ def mlp(
     hidden: Hidden,
     widths: Sequence[int] = (128, 128, 128),
 ) -> keras.Model:
-    """Fully connected layers of `widths` units on the flat image."""
+    """A multilayer perceptron on the flattened image, with layers of `widths` units."""
     image = keras.Input(image_shape, name="image")
     a = layers.Flatten()(image)
     for width in widths:
@@ -96,7 +96,7 @@ def mlp(
 def cnn(
     image_shape: Sequence[int], classes: int, hidden: Hidden, widths: Sequence[int] = (32, 64, 128)
 ) -> keras.Model:
-    """3×3 convolutions of `widths` channels, each on half the resolution of the one before."""
+    """3×3 convolutions of `widths` channels, each at half the resolution of the previous one."""
     image = keras.Input(image_shape, name="image")
     a = hidden(image, layers.Conv2D, widths[0], 3, padding="same")
     for width in widths[1:]:
@@ -109,7 +109,7 @@ def cnn(
 def resnet(
     image_shape: Sequence[int], classes: int, hidden: Hidden, widths: Sequence[int] = (16, 32, 64)
 ) -> keras.Model:
-    """Residual blocks of two 3×3 convolutions, each block on half the resolution of the one before."""
+    """Residual blocks of two 3×3 convolutions, each block at half the resolution of the previous one."""
     image = keras.Input(image_shape, name="image")
     a = hidden(image, layers.Conv2D, widths[0], 3, padding="same")
     a = _residual(a, hidden, widths[0], strides=1)

@@ -1,4 +1,4 @@
-"""The four ways of the lectures to take a step; γ and β take it as the weights do."""
+"""The four optimizers of the lectures. They update γ and β as they do all weights."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ DEFAULT_RATES = {"sgd": 0.1, "momentum": 0.03, "rmsprop": 0.003, "adam": 0.01}
 
 
 def optimizer(name: str, learning_rate: Any = None) -> keras.optimizers.Optimizer:
-    """The optimizer of that name.
+    """Returns the optimizer with this name.
 
     Args:
         name: A key of `DEFAULT_RATES`.
-        learning_rate: A number or a Keras schedule; by default that of `DEFAULT_RATES`.
+        learning_rate: A number or a Keras schedule; by default, the value in `DEFAULT_RATES`.
     """
     rate = DEFAULT_RATES[name] if learning_rate is None else learning_rate
     match name:

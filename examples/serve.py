@@ -1,12 +1,12 @@
-"""Serves SavedModels one image at a time, on what a server has: TensorFlow, and neither tfbn nor Keras.
+"""Serves SavedModels one image at a time, with TensorFlow alone: neither tfbn nor Keras.
 
     python examples/serve.py saved_models/digits-cnn-tfbn/saved_model*
     python examples/serve.py SAVED_MODEL --examples EXAMPLES.npz --json
 
-Shows that the predictions are those of the model that was exported; that a prediction depends on its own
-image alone, because batch normalization uses fixed statistics at test time, and so is the same in any batch;
-and how long one image takes, as the model is and folded, where both were exported. The exit status is 0
-where the predictions agree and depend on no batch.
+Checks that the predictions match those of the exported model, and that a prediction depends on its own
+image alone, since batch normalization uses fixed statistics in inference. Measures how long one image takes,
+with the model as it is and folded if both were exported. The exit status is 0 if the predictions match and do
+not depend on the batch.
 """
 
 import argparse
@@ -17,15 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Whatever tries to import one of these fails: the SavedModel stands on its own.
+# Importing one of these fails from now on: the SavedModel must work on its own.
 for absent in ("tfbn", "keras", "tf_keras"):
     sys.modules[absent] = None  # type: ignore[assignment]
 
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-TOLERANCE = 1e-3  # of the largest output: what the TF32 of a GPU allows; a CPU stays under 1e-5
-ALONE = 200  # so many images are sent one at a time
+TOLERANCE = 1e-3  # relative to the largest output; TF32 on a GPU needs it, a CPU stays below 1e-5
+ALONE = 200  # number of images sent one at a time
 BATCH = 256
 
 
@@ -73,11 +73,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def recorded(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The inputs of the model, and its outputs as they were when it was exported."""
+    """Loads the model's inputs, and its outputs at the time of export."""
     try:
         with np.load(path) as file:
             inputs, outputs = file["inputs"], file["outputs"]
-    except Exception as error:  # Whatever NumPy raises of a file that is none of its own.
+    except Exception as error:  # NumPy raises many kinds of errors for a file of another format.
         sys.exit(f"serve: error: no file with arrays inputs and outputs. Received: {path}, {error}")
     if not len(inputs) == len(outputs) > 0:
         sys.exit(
@@ -88,10 +88,12 @@ def recorded(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Served:
-    """From a batch of images to its predictions, by the signature that TensorFlow Serving would call."""
+    """Maps a batch of images to predictions by the signature that TensorFlow Serving calls."""
 
     def __init__(self, path: Path) -> None:
-        self._loaded = tf.saved_model.load(str(path))  # Its variables live as long as it does.
+        self._loaded = tf.saved_model.load(
+            str(path)
+        )  # Keep a reference: its variables live only as long as it does.
         self._signature = self._loaded.signatures["serving_default"]
         names = self._signature.structured_input_signature[1]
         if not len(names) == len(self._signature.structured_outputs) == 1:
@@ -104,9 +106,9 @@ class Served:
 
 
 def latency(models: Sequence[Served], inputs: np.ndarray) -> np.ndarray:
-    """Quartiles of the milliseconds for one image alone, for each model; in turns, on the same images."""
+    """Measures the quartiles of the milliseconds per single image for each model, taking turns on the same images."""
     for model in models:
-        model(inputs[:1])  # The first call prepares the others.
+        model(inputs[:1])  # The first call is slower.
     times = np.empty((min(len(inputs), ALONE), len(models)))
     for turn, image in enumerate(inputs[:ALONE]):
         for number, model in enumerate(models):
@@ -117,7 +119,7 @@ def latency(models: Sequence[Served], inputs: np.ndarray) -> np.ndarray:
 
 
 def agreement(model: Served, inputs: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
-    """Whether the predictions, one image at a time and in batches, are those that were recorded."""
+    """Checks that predictions match the recorded ones, for single images and in batches."""
     alone = [model(image[None]) for image in inputs[:ALONE]]
     rest = [model(inputs[i : i + BATCH]) for i in range(ALONE, len(inputs), BATCH)]
     difference = float(np.max(np.abs(np.concatenate(alone + rest) - expected)))
@@ -126,7 +128,7 @@ def agreement(model: Served, inputs: np.ndarray, expected: np.ndarray) -> dict[s
 
 
 def independence(model: Served, inputs: np.ndarray) -> dict[str, Any]:
-    """Whether an image gets the same prediction alone, among other images, and among far brighter ones."""
+    """Checks that an image gets the same prediction alone, among other images, and among much brighter ones."""
     images = inputs[:BATCH]
     alone = np.concatenate([model(image[None]) for image in images[:ALONE]])
     together = model(images)[:ALONE]

@@ -23,10 +23,10 @@ QUICK_EXAMPLES = 256
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; what a user can mend ends it with a message and without a traceback."""
+    """Runs the command. An error that the user can fix prints a message without a traceback."""
     options = parse(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # Of a GPU, the process that serves needs a part of the memory too.
+    # The serving process needs a part of the GPU's memory, too.
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     try:
         run(options)
@@ -35,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line, without TensorFlow: `--help` and mistakes are answered at once."""
+    """Parses the command line without importing TensorFlow, so that `--help` and errors appear at once."""
     parser = argparse.ArgumentParser(
         prog="train_digits",
-        description="Train a small network with batch normalization to tell images apart, in a "
-        "GradientTape loop. Plot its learning curves, export it as a SavedModel, and check that a "
+        description="Train a small image classifier with batch normalization in a GradientTape "
+        "loop. Plot its learning curves, export it as a SavedModel, and check that a "
         "process without tfbn serves it with the same predictions.",
     )
     parser.add_argument(
@@ -72,7 +72,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--learning-rate",
         type=positive,
         metavar="RATE",
-        help="of the first step; it falls to 0 along a cosine (default: one for each optimizer)",
+        help="at the first step; decays to 0 along a cosine (default: depends on the optimizer)",
     )
     parser.add_argument(
         "--epochs", type=whole(1), metavar="N", help="default: 15, or 1 with --quick"
@@ -89,13 +89,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         type=whole(0, 2**32 - 1),
         default=0,
         metavar="N",
-        help="of the first weights and of the shuffling (default: 0)",
+        help="for the initial weights and the shuffling (default: 0)",
     )
     parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
-        help="where curves and model go (default: saved_models/DATASET-MODEL-NORM)",
+        help="where to write curves and model (default: saved_models/DATASET-MODEL-NORM)",
     )
     parser.add_argument(
         "--quick", action="store_true", help=f"try it on {QUICK_EXAMPLES} examples, for one epoch"
@@ -116,7 +116,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def positive(text: str) -> float:
-    """Reads a number over 0."""
+    """Parses a number greater than 0."""
     try:
         value = float(text)
     except ValueError:
@@ -127,7 +127,7 @@ def positive(text: str) -> float:
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Reads a whole number in a range."""
+    """Parses an integer in a range."""
 
     def read(text: str) -> int:
         wanted = f"from {least}" if most is None else f"from {least} to {most}"
@@ -139,8 +139,8 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Trains, plots, exports, serves, and says what came of it."""
-    # Here and not above: they take seconds.
+    """Trains, plots, exports and serves a model, and prints the results."""
+    # Not at the top: these imports take seconds.
     import keras
     import tensorflow as tf
 
@@ -148,7 +148,7 @@ def run(options: argparse.Namespace) -> None:
     from examples import curves, datasets, models, optimizers
 
     data = datasets.load(options.dataset)
-    # Not before: to prepare data draws random numbers, and that is done in the first run alone.
+    # Not earlier: preparing data draws random numbers, but only in the first run.
     keras.utils.set_random_seed(options.seed)
     tf.config.experimental.enable_op_determinism()
 
@@ -198,10 +198,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def serve(saved_models: Sequence[Path], inputs: np.ndarray, outputs: np.ndarray) -> dict[str, Any]:
-    """Has a fresh process load and call the SavedModels, and returns its reports, one for each path."""
+    """Loads and calls the SavedModels in a new process, and returns its reports, one per path."""
     examples = saved_models[0].with_name("served_examples.npz")
     np.savez(examples, inputs=inputs, outputs=outputs)
-    # -P: a module of examples/ must not pass for a package of the same name.
+    # -P: modules in examples/ must not shadow packages of the same name.
     program = [sys.executable, "-P", str(Path(__file__).with_name("serve.py")), "--json"]
     done = subprocess.run(
         [*program, *map(str, saved_models)], capture_output=True, text=True, check=False
@@ -215,7 +215,7 @@ def serve(saved_models: Sequence[Path], inputs: np.ndarray, outputs: np.ndarray)
 
 
 def shown(path: Path) -> Path:
-    """The path as seen from here, if it lies below."""
+    """Returns the path relative to the current directory if it lies below."""
     path, here = path.resolve(), Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 

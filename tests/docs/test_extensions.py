@@ -120,6 +120,13 @@ def test_a_sentence_with_a_colon_is_no_type():
     assert extension("docstrings").returns_as_field(before) == after
 
 
+def test_a_class_shows_the_arguments_of_its_own_constructor():
+    class Layer:
+        def __init__(self, axis: int = -1, *, size: int | None = None, **kwargs: str) -> None: ...
+
+    assert extension("docstrings").arguments(Layer) == "(axis=-1, *, size=None, **kwargs)"
+
+
 # Links of the site
 
 
