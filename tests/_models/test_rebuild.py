@@ -197,3 +197,31 @@ def test_without_keras_private_graph_the_copy_is_a_plain_model(monkeypatch):
     with pytest.warns(UserWarning, match="is a Functional, not a Backbone"):
         ours = tfbn.convert(Backbone())
     assert {type(layer) for layer in batch_norm_layers(ours)} == {tfbn.BatchNormalization}
+
+
+class Preset(Backbone):
+    """Passes its arguments on, and creates itself from a config."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+
+def test_a_class_that_passes_arguments_on_is_created_from_its_own_config():
+    assert type(rebuild(Preset(), {})) is Preset
+    assert isinstance(tfbn.convert(Preset()), Preset)
+
+
+def test_a_class_whose_constructor_takes_something_else_than_its_graph_is_refused():
+    class Odd(keras.Model):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            (width,) = args if len(args) == 1 else self.refuse()
+            inputs = keras.Input((4,))
+            super().__init__(inputs, layers.Dense(width)(inputs))
+
+        def refuse(self) -> Any:
+            raise TypeError("one argument, please")
+
+    with pytest.raises(
+        ValueError, match=r"of class Odd\. Received: TypeError: one .* `get_config`"
+    ):
+        tfbn.convert(Odd(4))

@@ -17,16 +17,18 @@ def is_functional(layer: Any) -> bool:
 def clones_graph(model: keras.layers.Layer) -> bool:
     """Whether a model is copied layer by layer along its graph, rather than created from its config.
 
-    That is so for Functional and Sequential models, unless their class has its own constructor (Functional)
-    or its own config (Sequential), from which it creates its layers.
+    That is so for Functional and Sequential models, unless their class has its own config or, for a
+    Functional one, its own constructor, from which it creates its layers.
     """
+    keras_knows = getattr(type(model).get_config, "__module__", "").startswith("keras.")
     if isinstance(model, keras.Sequential):
-        return type(model).get_config is keras.Sequential.get_config
+        return keras_knows
     if not is_functional(model):
         return False
     constructor = inspect.getfullargspec(type(model).__init__)
-    takes_anything = bool(constructor.varargs and constructor.varkw)
-    return takes_anything or constructor.args[1:] == ["inputs", "outputs", "name"]
+    if constructor.varargs and constructor.varkw:
+        return keras_knows
+    return constructor.args[1:] == ["inputs", "outputs", "name"]
 
 
 def with_class_of(model: keras.Model, clone: keras.Model) -> keras.Model:

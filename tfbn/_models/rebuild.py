@@ -155,7 +155,14 @@ class Copies:
         if is_functional(model):
             inputs = keras.tree.map_structure(lambda x: input_like(model, x), model.input)
         with without_compilation(model):
-            new = keras.models.clone_model(model, inputs, clone_function=self.copy_and_build)
+            try:
+                new = keras.models.clone_model(model, inputs, clone_function=self.copy_and_build)
+            except TypeError as error:  # Its constructor takes something else than the graph.
+                raise ValueError(
+                    f"Cannot copy the model '{model.name}' of class {type(model).__name__}. "
+                    f"Received: {first_line(error)} Give {type(model).__name__} a `get_config` that returns the "
+                    "arguments of its `__init__`, and a `from_config`."
+                ) from error
         new = with_class_of(model, new)
         if type(new) is not type(model):
             self._without_class[id(model)] = model

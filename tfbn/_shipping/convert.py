@@ -20,11 +20,14 @@ def convert(
 
     The copy keeps names, weights and their order, dtypes, trainable flags and the arguments recorded on
     calls. Converting there and back again is the identity, bit for bit. Works on Functional, Sequential and
-    subclassed models, nested or not, with shared layers and wrappers. A custom layer or model is created
-    again from its config, so it needs a `get_config`, as for saving; then its batch normalization
-    layers are replaced in its attributes, lists and dicts. A Functional model whose class has its own
-    constructor becomes a plain `keras.Model`, with a warning. If the model is compiled, so is the copy, with
-    the state of the optimizer.
+    subclassed models, nested or not, with shared layers and wrappers. If the model is compiled, so is the
+    copy, with the state of the optimizer.
+
+    A layer or model of a custom class is created again from its config, and then layers inside it are
+    replaced. Its class becomes a subclass with the same name, so that saving, loading and cloning keep the
+    converted layers; `isinstance` is not affected, and loading needs `import tfbn`. A Functional model that
+    its config cannot create becomes a plain `keras.Model`, with a warning. A layer that cannot be copied
+    and holds no batch normalization is shared with the model, with a warning if it has weights.
 
     Args:
         model: A built Keras model, or any layer. It is not modified.
@@ -38,7 +41,7 @@ def convert(
     Raises:
         TypeError: If `model` is not a Keras model or layer.
         ValueError: If `to` is another class; if a layer uses an option that `to` lacks, or is of a subclass
-            with its own behavior; if a layer cannot be created from its config.
+            with its own behavior; if a layer that holds batch normalization cannot be created from its config.
 
     Example:
         >>> ours = tfbn.convert(keras.applications.ResNet50(weights=None))
