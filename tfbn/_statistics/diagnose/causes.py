@@ -1,71 +1,32 @@
-"""The table of causes: what each one looks like in the evidence, and what cures it.
+"""The table of causes: what each one looks like in the evidence, and what to do about it.
 
-`find` reads the table from top to bottom. Causes of the same group exclude each other: the first one
-that applies explains the evidence. The other causes are independent of each other.
+`find` reads the table from top to bottom. The causes of a group explain the same evidence: only the first
+one that applies becomes a finding. The causes without a group are independent.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 
-from tfbn._statistics.diagnose.evidence import LayerEvidence
 from tfbn._statistics.diagnose.finding import SEVERITIES, Finding
+from tfbn._statistics.diagnose.model_evidence import ModelEvidence
+from tfbn._statistics.diagnose.signs import of_statistics, of_use, of_values
+from tfbn._statistics.diagnose.signs.sign import Sign
 
-# Healthy models that were measured stayed under a quarter of these.
-MEAN_SHIFT = 0.25
-"""In standard deviations."""
-LOG_VARIANCE_RATIO = 0.35
-GROSS = 4.0
-"""How many times these limits make an error of a warning."""
-LOSS = 0.25
-"""Relative. Even a healthy moving average, over the last steps, costs something."""
+INITIAL = "statistics that were never updated"
+FROZEN = "frozen statistics"
+MOVING = "moving statistics that are off"
+CONSTANT = "constant inputs"
 
-RECALIBRATE = "tfbn.recalibrate(model, data)"
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelEvidence:
-    """What was observed of a model.
-
-    Attributes:
-        layers: What was measured of each layer.
-        modes: The loss and the metrics by mode: "training" (batch statistics), "inference" (moving
-            statistics) and "recalibrated" (statistics of all data). Empty without labels or a loss.
-        averages_weights: Whether the optimizer keeps averages of the weights.
-        not_finite: The text of the error about the first layer whose inputs were not finite, if any.
-        forced: Layers that run in training mode although the model is called with ``training=False``.
-        ignored: Layers that run in inference mode although the model is called with ``training=True``.
-        overridden: Layers inside a part of the model that is called with ``training=False``, which run in
-            training mode all the same.
-    """
-
-    layers: Sequence[LayerEvidence]
-    modes: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
-    averages_weights: bool = False
-    not_finite: str = ""
-    forced: Sequence[str] = ()
-    ignored: Sequence[str] = ()
-    overridden: Sequence[str] = ()
-
-    @property
-    def off(self) -> list[LayerEvidence]:
-        """The layers whose moving statistics differ from those of the data, for no reason of their own."""
-        return [
-            layer
-            for layer in self.layers
-            if _is_off(layer) and not (layer.never_updated or layer.calls_apart > 1)
-        ]
-
-    @property
-    def loss_suffers(self) -> bool:
-        """Whether the moving statistics cost loss."""
-        if not self.modes:
-            return False
-        inference, recalibrated = (self.modes[m]["loss"] for m in ("inference", "recalibrated"))
-        return inference > (1 + LOSS) * recalibrated + 0.01
-
-
-Layers = Sequence[LayerEvidence]
+IN_CALL = (
+    "self.bn(x, training=training) in the model's `call`, with the `training` that it receives"
+)
+TRAIN_IN_TRAINING_MODE = (
+    "call the model with training=True in the training loop, or use tfbn.TrainingLoop"
+)
+ON_TRAINING_DATA = (
+    "Diagnose the model on its training data, prepared as in training. If that has no finding, the data "
+    "here is different. If it has the same finding, the weights are."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,268 +35,347 @@ class Cause:
 
     Attributes:
         kind: The name of the cause.
-        severity: "error", "warning" or "note"; "by effect" lets the evidence decide between the first two.
-        concerns: Returns the layers that show the cause, or True where it concerns the model as a whole.
-        explanation: What the finding says. ``{names}`` in braces refer to `ModelEvidence`.
-        evidence: Returns the numbers that the finding rests on, from the layers concerned.
-        cure: What the finding recommends.
-        group: Of the causes of one group, only the first that applies becomes a finding.
+        sign: Looks for the cause; returns None where it does not apply.
+        explanation: What the finding says. Names in braces are filled in from the sign.
+        severity: "error", "warning", "note"; or "by effect", as the losses or the distances show.
+        recalibrate: Whether `tfbn.recalibrate` is the cure. It is printed unless the losses contradict.
+        advice: What to change in the code, the data or the next training.
+        experiment: What tells similar causes apart.
+        groups: Of the causes in a group, only the first that applies becomes a finding.
+        last_resort: Whether it becomes a finding only if nothing else does.
     """
 
     kind: str
-    severity: str
-    concerns: Callable[[ModelEvidence], Layers | bool]
+    sign: Callable[[ModelEvidence], Sign | None]
     explanation: str
-    cure: str
-    evidence: Callable[[Layers, ModelEvidence], Mapping[str, float]] = lambda layers, model: {}
-    group: str = ""
+    severity: str = "by effect"
+    recalibrate: bool = False
+    advice: str = ""
+    experiment: str = ""
+    groups: tuple[str, ...] = ()
+    last_resort: bool = False
 
 
-def find(model: ModelEvidence) -> tuple[Finding, ...]:
-    """Returns all findings, the most severe first."""
+def find(model: ModelEvidence, recalibrate: Callable[[bool], str]) -> tuple[Finding, ...]:
+    """Returns all findings, the most severe first.
+
+    Args:
+        model: The evidence.
+        recalibrate: Returns the call that recalibrates the model; its argument says whether frozen layers
+            are included.
+    """
     findings: list[Finding] = []
-    explained = set()
+    explained: set[str] = set()
     for cause in CAUSES:
-        concerned = cause.concerns(model)
-        if not concerned or cause.group in explained:
+        if explained.intersection(cause.groups) or (cause.last_resort and findings):
             continue
-        if cause.group:
-            explained.add(cause.group)
-        layers = [] if concerned is True else list(concerned)
+        sign = cause.sign(model)
+        if sign is None:
+            continue
+        explained.update(cause.groups)
+        cures = cause.recalibrate and model.recalibrating_helps is not False
+        severity = cause.severity
         findings.append(
             Finding(
-                severity=_severity(cause, layers, model),
+                severity=model.severity(sign.layers) if severity == "by effect" else severity,
                 kind=cause.kind,
-                layers=tuple(layer.layer for layer in layers),
-                explanation=cause.explanation.format_map(vars(model)),
-                evidence=cause.evidence(layers, model),
-                cure=cause.cure,
+                layers=tuple(layer.layer for layer in sign.layers),
+                explanation=cause.explanation.format_map(sign.words),
+                evidence=sign.numbers,
+                cure=recalibrate(sign.includes_frozen) if cures else "",
+                advice=cause.advice.format_map(sign.words),
+                experiment=cause.experiment,
             )
         )
-    if model.loss_suffers and not findings:
-        findings.append(_unexplained(model))
     return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
-def _severity(cause: Cause, layers: Layers, model: ModelEvidence) -> str:
-    if cause.severity != "by effect":
-        return cause.severity
-    gross = model.loss_suffers or any(_is_off(layer, GROSS) for layer in layers)
-    return "error" if gross else "warning"
-
-
-def _unexplained(model: ModelEvidence) -> Finding:
-    return Finding(
-        "warning",
-        "loss_gap",
-        (),
-        "The loss in inference mode is higher than it would be with the statistics of this data.",
-        {mode: values["loss"] for mode, values in model.modes.items()},
-        RECALIBRATE,
-    )
-
-
-# What the causes look for
-
-
-def _named(names: Callable[[ModelEvidence], Iterable[str]]) -> Callable[[ModelEvidence], Layers]:
-    def concerned(model: ModelEvidence) -> Layers:
-        wanted = set(names(model))
-        return [layer for layer in model.layers if layer.layer in wanted]
-
-    return concerned
-
-
-def _where(condition: Callable[[LayerEvidence], object]) -> Callable[[ModelEvidence], Layers]:
-    return lambda model: [layer for layer in model.layers if condition(layer)]
-
-
-def _never_updated(model: ModelEvidence) -> Layers:
-    return [
-        layer
-        for layer in model.layers
-        if layer.never_updated and layer.state != "not called"
-        if _is_off(layer) or not layer.measured
-    ]
-
-
-def _never_updated_and_ignored(model: ModelEvidence) -> Layers:
-    bad = _never_updated(model)
-    return bad if any(layer.layer in model.ignored for layer in bad) else []
-
-
-def _lagging(model: ModelEvidence) -> Layers:
-    off = model.off
-    weights = [layer.initial_weight[0] for layer in off]
-    lags = all(
-        0.01 < weight <= 1.001 and explained > 0.8
-        for weight, explained in (layer.initial_weight for layer in off)
-    )
-    return off if off and lags and max(weights) - min(weights) < 0.2 else []
-
-
-def _of_small_batches(model: ModelEvidence) -> Layers:
-    off = model.off
-    small = any(
-        layer.batch_size[0] < 16 and layer.batch_size[1] < 0.25 and layer.log_variance_ratio < -0.2
-        for layer in off
-    )
-    return off if small and all(layer.mean_shift < 2 * MEAN_SHIFT for layer in off) else []
-
-
-def _is_off(layer: LayerEvidence, times: float = 1.0) -> bool:
-    return (
-        layer.mean_shift > times * MEAN_SHIFT
-        or layer.log_variance_ratio_rms > times * LOG_VARIANCE_RATIO
-    )
-
-
-def _total(name: str, attribute: str) -> Callable[[Layers, ModelEvidence], Mapping[str, float]]:
-    return lambda layers, model: {name: sum(getattr(layer, attribute) for layer in layers)}
-
-
-def _distances(layers: Layers, model: ModelEvidence) -> dict[str, float]:
-    ratio = max((layer.log_variance_ratio for layer in layers), key=abs)
-    return {
-        "mean_shift": max(layer.mean_shift for layer in layers),
-        "variance_ratio": math.exp(ratio),
-    }
-
-
 CAUSES = (
+    # Values that no training gives
     Cause(
         kind="not_finite_statistics",
-        severity="error",
-        concerns=_where(lambda layer: layer.not_finite),
+        sign=of_values.not_finite_statistics,
         explanation="The moving statistics contain NaN or infinity. In Keras's layer, a single batch that "
         "is empty or not finite causes this.",
-        evidence=_total("values", "not_finite"),
-        cure=f"{RECALIBRATE}; and model = tfbn.convert(model) before training on: its layers skip such "
-        "batches",
+        severity="error",
+        recalibrate=True,
+        advice="model = tfbn.convert(model) before training on: tfbn's layers skip such batches",
     ),
     Cause(
         kind="negative_variance",
-        severity="error",
-        concerns=_where(lambda layer: layer.negative),
+        sign=of_values.negative_variance,
         explanation="Some moving variances are negative. No data gives such a variance: the weights were "
         "damaged when they were converted or edited.",
-        evidence=_total("values", "negative"),
-        cure=RECALIBRATE,
+        severity="error",
+        recalibrate=True,
     ),
     Cause(
-        kind="never_updated",
+        kind="half_precision_overflow",
+        sign=of_values.half_precision_overflow,
+        explanation="The inputs of {where} are too large for float16, although the data and the weights are "
+        "finite.",
         severity="error",
-        group="initial statistics",
-        concerns=_never_updated_and_ignored,
-        explanation="The moving statistics still have their initial values, 0 and 1: the model's `call` does "
-        "not pass `training` on to these layers.",
-        evidence=_distances,
-        cure=f"{RECALIBRATE}; and self.bn(x, training=training) in the model's `call`",
-    ),
-    Cause(
-        kind="never_updated",
-        severity="error",
-        group="initial statistics",
-        concerns=_never_updated,
-        explanation="The moving statistics still have their initial values, 0 and 1: the model was trained "
-        "without training=True, or not at all.",
-        evidence=_distances,
-        cure=f"{RECALIBRATE}; and train with model(x, training=True), or tfbn.TrainingLoop(model, ...)",
+        advice='keras.config.set_dtype_policy("mixed_bfloat16") before building the model, or smaller inputs',
     ),
     Cause(
         kind="not_finite_inputs",
+        sign=of_values.not_finite_inputs,
+        explanation="The inputs of layer {layer!r} contain NaN or infinity. {what}",
         severity="error",
-        concerns=lambda model: bool(model.not_finite),
-        explanation="{not_finite}",
-        cure="model.load_weights(path)",
+        advice="{advice}",
     ),
+    # How the model uses its layers
     Cause(
         kind="training_forced",
-        severity="error",
-        concerns=_named(lambda model: model.forced),
+        sign=of_use.training_forced,
         explanation="The model calls these layers with training=True even in inference: the output for an "
         "example depends on the rest of its batch, and every prediction updates the moving statistics.",
-        cure="self.bn(x, training=training) in the model's `call`, with the `training` that it receives",
+        severity="error",
+        advice=IN_CALL,
+    ),
+    Cause(
+        kind="training_not_passed_on",
+        sign=of_use.training_not_passed_on,
+        explanation="The moving statistics still have their initial values, 0 and 1, because the model's "
+        "`call` does not pass `training` on to these layers. {effect}",
+        severity="error",
+        recalibrate=True,
+        advice=IN_CALL,
+        groups=(INITIAL,),
+    ),
+    Cause(
+        kind="frozen_statistics",
+        sign=of_use.frozen_but_recalibrating_helps,
+        explanation="These layers are frozen with statistics that do not match the data. Freezing them was a "
+        "mistake: the loss is lower with the statistics of the data.",
+        recalibrate=True,
+        advice="tfbn.unfreeze(model) to train them",
+        groups=(FROZEN,),
+    ),
+    Cause(
+        kind="frozen_statistics",
+        sign=of_use.frozen_from_the_start,
+        explanation="These layers were frozen before they had seen any data: their statistics are still 0 and "
+        "1, and they do not normalize anything. {effect}",
+        severity="warning",
+        recalibrate=True,
+        advice="tfbn.unfreeze(model), or trainable=True, and train again",
+        groups=(FROZEN,),
+    ),
+    Cause(
+        kind="frozen_statistics",
+        sign=of_use.frozen_rightly,
+        explanation="The statistics of these frozen layers do not match the data, and freezing them is right: "
+        "the other weights were trained with them, and recalibrating would raise the loss.",
+        severity="note",
+        advice="tfbn.unfreeze(model) and train on, to adapt the statistics and the weights together",
+        groups=(FROZEN,),
+    ),
+    Cause(
+        kind="frozen_statistics",
+        sign=of_use.frozen_and_unclear,
+        explanation="The statistics of these frozen layers do not match the data. {effect}",
+        experiment="Pass labels, with a compiled model, to see whether the loss is lower with the statistics "
+        "of the data. If the other weights were trained while these layers were frozen, it is not.",
+        groups=(FROZEN,),
+    ),
+    Cause(
+        kind="trained_in_inference_mode",
+        sign=of_use.trained_in_inference_mode,
+        explanation="The moving statistics still have their initial values, 0 and 1, and the weights were "
+        "trained with them, in inference mode: recalibrating would raise the loss. The model works, but "
+        "nothing is normalized.",
+        severity="warning",
+        advice=f"{TRAIN_IN_TRAINING_MODE}, and train again",
+        groups=(INITIAL,),
+    ),
+    Cause(
+        kind="never_updated",
+        sign=of_use.never_updated,
+        explanation="The moving statistics still have their initial values, 0 and 1: {why}.",
+        severity="error",
+        recalibrate=True,
+        advice=TRAIN_IN_TRAINING_MODE,
+        groups=(INITIAL,),
     ),
     Cause(
         kind="training_false_overridden",
-        severity="warning",
-        concerns=_named(lambda model: model.overridden),
+        sign=of_use.training_false_overridden,
         explanation="These layers are in a part of the model that is called with training=False. Keras "
         "overrides that: in `fit` they run in training mode and update their statistics (keras#20285).",
-        cure="tfbn.freeze(model, within=base)",
-    ),
-    Cause(
-        kind="shared_domains",
         severity="warning",
-        concerns=_where(lambda layer: layer.calls_apart > 1),
-        explanation="One layer is called on inputs from different distributions. Training normalizes each by "
-        "its own statistics, inference normalizes all of them by the statistics of the mixture.",
-        evidence=lambda layers, model: {"calls_apart": max(x.calls_apart for x in layers)},
-        cure="a BatchNormalization layer of its own for each of the calls",
+        advice="tfbn.freeze(model, within=base)",
+    ),
+    # What reaches a layer
+    Cause(
+        kind="constant_channels",
+        sign=of_values.constant_layer,
+        explanation="All channels of {first} have a constant input: {why}. Its output is beta, whatever the "
+        "data.",
+        severity="error",
+        advice="{advice}",
+        groups=(CONSTANT, MOVING),
     ),
     Cause(
         kind="constant_channels",
+        sign=of_values.constant_channels,
+        explanation="Channels of {first} have a constant input: {why}. Their output is beta.",
         severity="warning",
-        concerns=_where(lambda layer: layer.constant),
-        explanation="Some channels have a constant input: the units before them are dead. The output of such a "
-        "channel is beta.",
-        evidence=_total("channels", "constant"),
-        cure="keras.layers.LeakyReLU() instead of ReLU before them, or a lower learning rate; or prune them",
+        advice="{advice}",
+        groups=(CONSTANT,),
+    ),
+    Cause(
+        kind="shared_domains",
+        sign=of_values.shared_domains,
+        explanation="One layer is called on inputs from different distributions. Training normalizes each by "
+        "its own statistics, inference normalizes all of them by the statistics of the mixture.",
+        severity="warning",
+        advice="give each of the calls a BatchNormalization layer of its own",
     ),
     Cause(
         kind="dead_gammas",
-        severity="note",
-        concerns=_where(lambda layer: layer.dead_gammas),
+        sign=of_values.dead_gammas,
         explanation="Some channels have a gamma of 0, so their input is lost.",
-        evidence=_total("channels", "dead_gammas"),
-        cure="tfbn.BatchNormalization(gamma_regularizer=None), or prune the channels",
+        severity="note",
+        advice="prune the channels, or train without a regularizer on gamma",
+    ),
+    # Why moving statistics are off
+    Cause(
+        kind="replicas_diverged",
+        sign=of_statistics.replicas_diverged,
+        explanation="The replicas hold different moving statistics. Keras's layer updates each replica's copy "
+        "from that replica's share of the data, and saves only one of them.",
+        severity="error",
+        recalibrate=True,
+        advice="model = tfbn.convert(model) under the strategy: tfbn's layers keep the copies equal",
+        groups=(MOVING,),
+    ),
+    Cause(
+        kind="empty_batches",
+        sign=of_statistics.empty_batches,
+        explanation="Mean and variance are both {kept:.2g} times the true ones: batches without a single "
+        "value, fully masked ones, pulled the moving statistics towards 0.",
+        recalibrate=True,
+        advice="model = tfbn.convert(model) before training on: tfbn's layers skip such batches",
+        groups=(MOVING,),
+    ),
+    Cause(
+        kind="masks_ignored",
+        sign=of_statistics.masks_ignored,
+        explanation="The moving statistics are those of all values, with the masked ones: training did not "
+        "look at the masks. {effect}",
+        severity="warning",
+        recalibrate=True,
+        advice="pass the masks on in training and in inference alike, and train again",
+        groups=(MOVING,),
     ),
     Cause(
         kind="lagging_statistics",
-        severity="by effect",
-        group="moving statistics",
-        concerns=_lagging,
-        explanation="The moving statistics still contain much of their initial values: there were too few "
-        "training steps for this momentum.",
-        evidence=lambda layers, model: {
-            **_distances(layers, model),
-            "initial_weight": max(layer.initial_weight[0] for layer in layers),
-        },
-        cure=f"{RECALIBRATE}; and for short trainings tfbn.BatchNormalization(momentum=None), or a lower "
-        "momentum",
+        sign=of_statistics.lagging_statistics,
+        explanation="The moving statistics lag behind: {weight:.0%} of them {what}. {steps} too few for a "
+        "momentum of {momentum}.",
+        recalibrate=True,
+        advice="tfbn.BatchNormalization(momentum=None) for short trainings, or a lower momentum",
+        groups=(MOVING,),
+    ),
+    Cause(
+        kind="variance_shift",
+        sign=of_statistics.variance_shift,
+        explanation="Dropout or another random layer before these layers changes the variance in training, and "
+        "the moving statistics are those. In inference it is off.",
+        recalibrate=True,
+        advice="move dropout behind the last batch normalization layer",
+        groups=(MOVING,),
+    ),
+    Cause(
+        kind="unlike_batches",
+        sign=of_statistics.unlike_batches,
+        explanation="The moving variances miss the spread between classes: in training, each batch held "
+        "examples of few classes.",
+        severity="warning",
+        recalibrate=True,
+        advice="shuffle the training data, and train again",
+        groups=(MOVING,),
     ),
     Cause(
         kind="small_batches",
-        severity="by effect",
-        group="moving statistics",
-        concerns=_of_small_batches,
-        explanation="The moving variances are those within batches of very few examples: they miss most of the "
-        "spread between examples.",
-        evidence=lambda layers, model: {
-            **_distances(layers, model),
-            "batch_size": min(layer.batch_size[0] for layer in layers),
-        },
-        cure=f"{RECALIBRATE}; and larger batches for training, or keras.layers.GroupNormalization()",
+        sign=of_statistics.small_batches,
+        explanation="The moving variances are those within batches of about {size:.2g} examples: they miss "
+        "much of the spread between examples.",
+        severity="warning",
+        recalibrate=True,
+        advice="larger batches for training, or keras.layers.GroupNormalization()",
+        experiment="Look at a batch of the training data. If it has more examples, they are alike, such as "
+        "those of one class, and shuffling is the cure.",
+        groups=(MOVING,),
+    ),
+    Cause(
+        kind="noisy_statistics",
+        sign=of_statistics.noisy_statistics,
+        explanation="The momentum of {momentum:g} makes the moving statistics those of the last batches. "
+        "PyTorch's momentum of 0.1 is Keras's 0.9.",
+        recalibrate=True,
+        advice="momentum=0.9 or 0.99",
+        groups=(MOVING,),
+    ),
+    Cause(
+        kind="rescaled_inputs",
+        sign=of_statistics.rescaled_inputs,
+        explanation="All channels of the first layer agree: the inputs are {times:.3g} times as large as in "
+        "training.",
+        recalibrate=True,
+        advice="prepare the inputs as in training; if that is not possible, recalibrate",
+        groups=(MOVING,),
     ),
     Cause(
         kind="averaged_weights",
-        severity="by effect",
-        group="moving statistics",
-        concerns=lambda model: model.off if model.averages_weights else [],
+        sign=of_statistics.averaged_weights,
         explanation="The optimizer averages the weights (use_ema), but the moving statistics were collected "
         "under the weights before averaging.",
-        evidence=_distances,
-        cure=f"{RECALIBRATE}; or callbacks=[tfbn.RecalibrateAfterTraining(data)] in `fit`",
+        recalibrate=True,
+        advice="callbacks=[tfbn.RecalibrateAfterTraining(data)] in `fit`",
+        groups=(MOVING,),
+    ),
+    Cause(
+        kind="pruned_weights",
+        sign=of_statistics.pruned_weights,
+        explanation="{zeros:.0%} of the weights are exactly 0: they were pruned, and the moving statistics are "
+        "those from before.",
+        recalibrate=True,
+        groups=(MOVING,),
+    ),
+    Cause(
+        kind="changed_epsilon",
+        sign=of_statistics.changed_epsilon,
+        explanation="With an epsilon of {epsilon:g} the loss is lower than with that of these layers: the "
+        "weights were trained with another epsilon. PyTorch's default is 1e-5, Keras's 1e-3.",
+        recalibrate=True,
+        advice="build the layers with epsilon={epsilon:g}",
+        groups=(MOVING,),
+    ),
+    Cause(
+        kind="changed_weights",
+        sign=of_statistics.changed_weights,
+        explanation="The layers up to {last} match the data, those from {first} on do not: the data is that of "
+        "the training, and weights between them were changed after it.",
+        recalibrate=True,
+        groups=(MOVING,),
     ),
     Cause(
         kind="other_data_or_weights",
-        severity="by effect",
-        group="moving statistics",
-        concerns=lambda model: model.off,
+        sign=of_statistics.other_data_or_weights,
         explanation="The moving statistics do not belong to this data under these weights. Either the data "
         "differs from the training data, or the weights were loaded, averaged or changed after training.",
-        evidence=_distances,
-        cure=RECALIBRATE,
+        recalibrate=True,
+        experiment=ON_TRAINING_DATA,
+        groups=(MOVING,),
+    ),
+    Cause(
+        kind="loss_gap",
+        sign=of_values.loss_gap,
+        explanation="The loss in inference mode is higher than it would be with the statistics of this data, "
+        "although no layer is far off.",
+        recalibrate=True,
+        last_resort=True,
     ),
 )

@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from tfbn._models.walk import BatchNormLayer, name_of, statistics_are_frozen
 from tfbn._moments.moments import Moments, reduced_axes, statistics_dtype
+from tfbn._statistics.diagnose.comparison import Comparison
+from tfbn._statistics.diagnose.explanations import best_batch_size, best_initial_weight
 from tfbn._statistics.layer_call import LayerCall, merge_calls, values
 
 DEAD_GAMMA = 1e-6
@@ -29,12 +31,16 @@ class LayerEvidence:
         layer: The path of the layer.
         state: "learns", "not called", or why the statistics do not change: "trainable=False",
             "freeze_statistics=True", "momentum=1".
+        channels: The number of channels.
+        momentum: The momentum of the moving average.
         calls: How many times the model calls the layer.
         level: The largest number of measured calls in a chain that leads to this layer.
+        examples: The number of examples measured, of all calls; the average over the channels.
         values_per_batch: The average number of values per channel in a batch.
         mean_shift: :math:`|m - \mu| / \sqrt{\sigma^2 + \epsilon}`, the root mean square over the channels.
         log_variance_ratio: :math:`\log((v + \epsilon) / (\sigma^2 + \epsilon))`, the mean over the channels.
         log_variance_ratio_rms: The same, the root mean square over the channels.
+        sampling_error: The standard error of the true mean, in units of :math:`\sigma`.
         batch_noise: The standard deviation of the batch means, in units of :math:`\sigma`. Under several
             replicas, each replica's share counts as a batch.
         constant: The number of channels whose input is constant.
@@ -43,21 +49,25 @@ class LayerEvidence:
         negative: The number of negative moving variances.
         never_updated: Whether the moving statistics have exactly their initial values.
         initial_weight: The weight that the initial values still have in the moving statistics (0 to 1), and
-            the fraction of the distance to the true statistics that this weight explains (0 to 1).
-        batch_size: The number of examples in a batch whose expected variance is the moving variance, and
-            the relative error of this explanation. Infinity if the data cannot tell.
+            the fraction of the distance to the true statistics that this weight explains (at most 1).
+        batch_size: The number of examples in a batch whose expected variance is the moving variance, and the
+            fraction of the distance that this size explains. Infinity if no size does.
         calls_apart: The largest distance between the means of two calls, in units of the larger standard
             deviation.
     """
 
     layer: str
     state: str
+    channels: int = 0
+    momentum: float | None = None
     calls: int = 0
     level: int = 0
+    examples: float = 0.0
     values_per_batch: float = 0.0
     mean_shift: float = 0.0
     log_variance_ratio: float = 0.0
     log_variance_ratio_rms: float = 0.0
+    sampling_error: float = 0.0
     batch_noise: float = 0.0
     constant: int = 0
     dead_gammas: int = 0
@@ -65,7 +75,7 @@ class LayerEvidence:
     negative: int = 0
     never_updated: bool = False
     initial_weight: tuple[float, float] = (0.0, 0.0)
-    batch_size: tuple[float, float] = (math.inf, math.inf)
+    batch_size: tuple[float, float] = (math.inf, 0.0)
     calls_apart: float = 0.0
 
     @property
@@ -115,6 +125,8 @@ def of_weights(layer: BatchNormLayer, calls: int) -> LayerEvidence:
     return LayerEvidence(
         layer=name_of(layer),
         state=state,
+        channels=math.prod(layer.moving_mean.shape),
+        momentum=layer.momentum,
         calls=calls,
         dead_gammas=int(np.sum(gamma < DEAD_GAMMA)),
         not_finite=int(np.sum(~np.isfinite(mean)) + np.sum(~np.isfinite(variance))),
@@ -123,13 +135,18 @@ def of_weights(layer: BatchNormLayer, calls: int) -> LayerEvidence:
     )
 
 
-def of_inputs(layer: BatchNormLayer, calls: Sequence[LayerCall], batches: int) -> LayerEvidence:
+def of_inputs(
+    layer: BatchNormLayer, calls: Sequence[LayerCall], batches: int
+) -> tuple[LayerEvidence, Comparison | None]:
     """Compares the weights of a layer with the measured inputs of its calls.
 
     Args:
         layer: The layer.
         calls: Its calls, measured with `SUMMARIES`.
         batches: How many batches each of them was measured on.
+
+    Returns:
+        The evidence, and the comparison that it rests on; None if there is nothing to compare.
     """
     evidence = of_weights(layer, len(calls))
     inputs, batch_means, example_means = (merge_calls(calls, number) for number in range(3))
@@ -144,31 +161,25 @@ def of_inputs(layer: BatchNormLayer, calls: Sequence[LayerCall], batches: int) -
         calls_apart=_calls_apart(calls),
     )
     if evidence.not_finite or evidence.negative or not live.any():
-        return evidence
+        return evidence, None
     mean, variance = (value[live] for value in _moving_statistics(layer))
     true_mean, true_variance = np.asarray(true_mean)[live], np.asarray(true_variance)[live]
+    between = np.asarray(example_means.variance)[live]
+    comparison = Comparison(layer, mean, variance, true_mean, true_variance, between, live)
     sigma = np.sqrt(true_variance + layer.epsilon)
-    shift = (mean - true_mean) / sigma
     log_ratio = np.log((variance + layer.epsilon) / sigma**2)
-    # If m = (1 - w) μ and v = w + (1 - w) σ², the distance from the truth is w times that of 0 and 1.
-    distance = np.concatenate([shift, (variance - true_variance) / sigma**2])
-    initial_distance = np.concatenate([-true_mean / sigma, (1 - true_variance) / sigma**2])
-    weight = float(distance @ initial_distance / max(initial_distance @ initial_distance, 1e-30))
-    rest = distance - weight * initial_distance
-    explained = 1 - float(rest @ rest / max(distance @ distance, 1e-30))
-    # If v = σ² - (variance of the example means) / b, batches had b examples.
-    missing, between = np.sum(true_variance - variance), example_means.variance[live]
-    size = float(np.sum(between) / missing) if missing > 0 < np.sum(between) else math.inf
-    error = np.abs(variance - true_variance + between / size) / sigma**2
+    examples = np.maximum(example_means.count[live], 1)
     return dataclasses.replace(
         evidence,
-        mean_shift=_rms(shift),
+        mean_shift=_rms((mean - true_mean) / sigma),
         log_variance_ratio=float(np.mean(log_ratio)),
         log_variance_ratio_rms=_rms(log_ratio),
+        sampling_error=_rms(np.sqrt(between / examples) / sigma),
+        examples=float(np.mean(examples)),
         batch_noise=_rms(np.sqrt(batch_means.variance[live]) / sigma),
-        initial_weight=(weight, explained),
-        batch_size=(size, float(np.median(error))),
-    )
+        initial_weight=best_initial_weight(comparison),
+        batch_size=best_batch_size(comparison),
+    ), comparison
 
 
 def _state(layer: BatchNormLayer) -> str:

@@ -1,7 +1,9 @@
-"""The loss and the metrics of a model in training mode, in inference mode, and as if recalibrated."""
+"""The loss and the metrics of a model on the batches set aside, run in several ways."""
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -11,11 +13,12 @@ import tensorflow as tf
 from tfbn._data.multi_pass import MultiPassReader
 from tfbn._data.sources import spec_of
 from tfbn._models.intercept import isolated_tracing
-from tfbn._statistics.measure import StatisticsPasses
+from tfbn._statistics.diagnose.held_out import Batch
 from tfbn._statistics.plan import unpacked
 from tfbn._support.checks import first_line
 
-MODES = ("training", "inference", "recalibrated")
+Predict = Callable[[Any], Any]
+"""Computes the model's outputs for a batch."""
 
 
 def has_loss(model: keras.layers.Layer, spec: Any, replicas: int) -> bool:
@@ -24,18 +27,145 @@ def has_loss(model: keras.layers.Layer, spec: Any, replicas: int) -> bool:
     return getattr(model, "compiled", False) and y is not None and replicas == 1
 
 
-def losses_by_mode(
-    model: keras.Model, reader: MultiPassReader, passes: StatisticsPasses
-) -> dict[str, dict[str, float]]:
-    """Computes the loss and the metrics in each mode; takes a pass for each.
+class Losses:
+    """Losses and metrics by mode, all on the same batches.
 
-    The metrics of the model end up with the counts that they had.
+    Differences between losses are given in units of what the model has learned: the difference between
+    the best loss and that of the best constant output. They do not depend on the scale of the loss, on
+    constants added to it, or on its sign.
+
+    Attributes:
+        modes: The loss and the metrics of each mode.
     """
-    with _metrics_restored(model):
-        return {
-            mode: _loss(model, reader, passes, mode, passes.passes + number)
-            for number, mode in enumerate(MODES)
-        }
+
+    def __init__(self, model: keras.Model, batches: Sequence[Batch]):
+        self._model = model
+        self._batches = [batch for batch, _ in batches]
+        self._specs = [spec for _, spec in batches]
+        self._sizes = np.array([MultiPassReader.size(batch) for batch in self._batches], float)
+        self._by_batch: dict[str, np.ndarray] = {}
+        self._of_constant = math.nan
+        self.modes: dict[str, Mapping[str, float]] = {}
+
+    def add(
+        self,
+        mode: str,
+        predict: Predict,
+        context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        """Computes the losses of a mode. The metrics of the model end up with the counts that they had.
+
+        Args:
+            mode: What to call it.
+            predict: Computes the outputs for a batch.
+            context: Is open around `predict`.
+        """
+
+        def step(batch: Any) -> tuple[tf.Tensor, Any]:
+            with context():
+                outputs = predict(batch)
+            return self._loss(batch, outputs), _means(outputs)
+
+        with _metrics_restored(self._model):
+            losses, mean_outputs = zip(*self._run(step), strict=True)
+            metrics = self._model.get_metrics_result()
+            self.modes[mode] = {
+                **{name: float(np.mean(value)) for name, value in metrics.items()},
+                "loss": float(np.average(losses, weights=self._sizes)),
+            }
+            self._by_batch[mode] = np.array(losses, float)
+            if mode == "recalibrated" and None not in mean_outputs:
+                self._add_constant(mean_outputs)
+
+    def gain(self, mode: str, over: str) -> float:
+        """How much lower the loss is in one mode than in another, as a fraction of what was learned."""
+        better, worse = self.modes[mode]["loss"], self.modes[over]["loss"]
+        if math.isnan(worse) and math.isfinite(better):
+            return math.inf
+        return (worse - better) / self._learned()
+
+    def skill(self, mode: str) -> float:
+        """How much of what was learned a mode shows: 1 for the best mode, 0 for the best constant output.
+
+        1 if that is unknown, because there is no constant output.
+        """
+        loss = self.modes[mode]["loss"]
+        if not math.isfinite(loss):
+            return 0.0
+        if math.isnan(self._of_constant):
+            return 1.0
+        return (self._of_constant - loss) / self._learned()
+
+    def is_better(self, mode: str, over: str) -> bool:
+        """Whether the loss is lower in one mode than in another, by more than chance."""
+        gains = self._by_batch[over] - self._by_batch[mode]
+        if np.isnan(self._by_batch[over]).any():
+            return bool(np.isfinite(self._by_batch[mode]).all())
+        if np.isnan(gains).any():
+            return False
+        mean = np.average(gains, weights=self._sizes)
+        error = np.std(gains, ddof=1) / math.sqrt(len(gains)) if len(gains) > 2 else 0.0
+        return bool(mean > 2 * error and mean > 0)
+
+    def _learned(self) -> float:
+        finite = [v["loss"] for v in self.modes.values() if math.isfinite(v["loss"])]
+        best = min(finite, default=math.nan)
+        learned = self._of_constant - best
+        # Without a model that has learned anything, a difference is large if it is large relative to the loss.
+        return learned if learned > 1e-3 * abs(best) else max(0.3 * abs(best), 1e-6)
+
+    def _add_constant(self, means: Sequence[Any]) -> None:
+        weights = self._sizes / self._sizes.sum()
+        constant = tf.nest.map_structure(
+            lambda *parts: sum(w * part for w, part in zip(weights, parts, strict=True)), *means
+        )
+
+        def step(batch: Any) -> tf.Tensor:
+            examples = tf.shape(tf.nest.flatten(unpacked(self._model, batch)[1])[0])[0]
+            outputs = tf.nest.map_structure(
+                lambda part: tf.repeat(part[tf.newaxis], examples, axis=0), constant
+            )
+            return self._loss(batch, outputs)
+
+        try:
+            losses = list(self._run(step))
+        except Exception:  # No constant output makes sense for this loss.
+            return
+        self._of_constant = float(np.average(np.array(losses, float), weights=self._sizes))
+
+    def _run(self, step: Callable[[Any], Any]) -> Iterator[Any]:
+        self._model.reset_metrics()
+        compiled: dict[Any, Any] = {}
+        for batch, spec in zip(self._batches, self._specs, strict=True):
+            key = tuple(tf.nest.flatten(spec))
+            if key not in compiled:
+                with isolated_tracing():
+                    compiled[key] = tf.function(step, autograph=False).get_concrete_function(spec)
+            yield compiled[key](batch)
+
+    def _loss(self, batch: Any, outputs: Any) -> tf.Tensor:
+        x, y, weight = unpacked(self._model, batch)
+        try:
+            if any(part.dtype == tf.string for part in tf.nest.flatten(y) if part is not None):
+                raise TypeError("Strings must be encoded as numbers.")
+            self._model.compute_metrics(x, y, outputs, weight)
+            return self._model.compute_loss(
+                x=x, y=y, y_pred=outputs, sample_weight=weight, training=False
+            )
+        except Exception as error:
+            raise ValueError(
+                "The compiled loss and metrics cannot be computed on these labels. Pass labels as in `fit`, "
+                "or pass data without labels to compare the statistics alone. "
+                f"Received: labels {spec_of(y)}, {first_line(error)}"
+            ) from error
+
+
+def _means(outputs: Any) -> Any:
+    """The mean output of the examples, or None if examples may have different shapes."""
+    parts = tf.nest.flatten(outputs)
+    if not all(tf.is_tensor(p) and p.shape.rank and p.shape[1:].is_fully_defined() for p in parts):
+        return None
+    return tf.nest.map_structure(lambda part: tf.reduce_mean(part, axis=0), outputs)
 
 
 @contextlib.contextmanager
@@ -48,43 +178,3 @@ def _metrics_restored(model: keras.Model) -> Iterator[None]:
         model.reset_metrics()
         for variable, value in before:
             variable.assign(value)
-
-
-def _loss(
-    model: keras.Model, reader: MultiPassReader, passes: StatisticsPasses, mode: str, number: int
-) -> dict[str, float]:
-    def step(batch: Any) -> tf.Tensor:
-        if mode == "inference":
-            outputs = passes.forward(model, batch)
-        else:
-            outputs = passes.predict(batch, "batch" if mode == "training" else "population")
-        return _compute_loss(model, batch, outputs)
-
-    model.reset_metrics()
-    compiled: dict[Any, Any] = {}
-    total = 0.0
-    for batch, spec in reader.read(number):
-        key = tuple(tf.nest.flatten(spec))
-        if key not in compiled:
-            with isolated_tracing():
-                compiled[key] = tf.function(step, autograph=False).get_concrete_function(spec)
-        size = reader.size(batch)
-        if size:
-            total += size * float(compiled[key](batch))
-    results = {name: float(np.mean(value)) for name, value in model.get_metrics_result().items()}
-    return {**results, "loss": total / reader.examples}
-
-
-def _compute_loss(model: keras.Model, batch: Any, outputs: Any) -> tf.Tensor:
-    x, y, weight = unpacked(model, batch)
-    try:
-        if any(part.dtype == tf.string for part in tf.nest.flatten(y) if part is not None):
-            raise TypeError("Strings must be encoded as numbers.")
-        model.compute_metrics(x, y, outputs, weight)
-        return model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=weight, training=False)
-    except Exception as error:
-        raise ValueError(
-            "The compiled loss and metrics cannot be computed on these labels. Pass labels as in `fit`, or "
-            "pass data without labels to compare the statistics alone. "
-            f"Received: labels {spec_of(y)}, {first_line(error)}"
-        ) from error

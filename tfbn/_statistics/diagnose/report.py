@@ -1,15 +1,16 @@
 """The result of a diagnosis: text for people, plain types for programs, and a picture."""
 
 import dataclasses
+import functools
 import math
 import os
 import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from tfbn._statistics.diagnose.causes import LOG_VARIANCE_RATIO, MEAN_SHIFT
 from tfbn._statistics.diagnose.evidence import LayerEvidence
 from tfbn._statistics.diagnose.finding import Finding
+from tfbn._statistics.diagnose.model_evidence import LOG_VARIANCE_RATIO, MEAN_SHIFT
 from tfbn._support import tables
 from tfbn._support.reports import Report, count, plain
 
@@ -33,10 +34,10 @@ class Diagnosis(Report):
     Attributes:
         findings: The findings, the most severe first.
         layers: What was measured of each layer.
-        modes: The loss and the metrics on this data by mode: "training" (each batch is normalized by its own
-            statistics; everything else runs as in inference), "inference" (moving statistics), and
-            "recalibrated" (statistics of all data, as `tfbn.recalibrate` would set them). Empty if the data
-            has no labels or the model no compiled loss.
+        modes: The loss and the metrics by mode, on batches that were set aside: "training" (each batch is
+            normalized by its own statistics; everything else runs as in inference), "inference" (moving
+            statistics), and "recalibrated" (statistics of the other batches, as `tfbn.recalibrate` would set
+            them). Empty if the data has no labels or the model no compiled loss.
         passes: How many passes over the data it took.
         batches: The number of batches in a pass.
         examples: The number of examples in a pass.
@@ -68,11 +69,7 @@ class Diagnosis(Report):
     def to_markdown(self) -> str:
         """Returns the same content as `str`, as Markdown."""
         parts = [f"{count(len(self.findings), 'finding')}. {self._extent()}."]
-        parts += [
-            f"- **{finding.severity}, {finding.kind}** ({_concerned(finding)}): {_sentence(finding)}  \n"
-            f"  Cure: `{finding.cure}`"
-            for finding in self.findings
-        ]
+        parts += [_markdown(finding) for finding in self.findings]
         parts.append(tables.markdown(LAYER_HEADER, self._layer_rows()))
         if self.modes:
             parts.append(tables.markdown(*self._mode_table()))
@@ -124,12 +121,17 @@ class Diagnosis(Report):
 
     def __str__(self) -> str:
         parts = [_text(finding) for finding in self.findings]
-        parts = parts or ["No findings: the moving statistics match the data."]
+        parts = parts or [f"No findings: {self._verdict()}."]
         title = f"Batch normalization layers. {self._extent()}"
         parts.append(tables.text(title, LAYER_HEADER, self._layer_rows()))
         if self.modes:
-            parts.append(tables.text("Loss and metrics on the same data", *self._mode_table()))
+            parts.append(tables.text("Loss and metrics on batches set aside", *self._mode_table()))
         return "\n\n".join(parts)
+
+    def _verdict(self) -> str:
+        if self.modes:
+            return "inference is as good as the statistics of this data allow"
+        return "the moving statistics match the data"
 
     def _extent(self) -> str:
         examples, batches = count(self.examples, "example"), count(self.batches, "batch", "batches")
@@ -160,11 +162,28 @@ class Diagnosis(Report):
 
 def _text(finding: Finding) -> str:
     """A finding for the terminal. Code in the cure is not wrapped."""
-    lines = textwrap.wrap(_sentence(finding), WIDTH - 4, break_long_words=False)
-    cure = f"cure: {finding.cure}".split("; and ")
-    cure = [*(f"{call}; and" for call in cure[:-1]), cure[-1]]
+    wrap = functools.partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
+    lines = wrap(_sentence(finding), WIDTH - 4)
+    for label, text in _what_to_do(finding):
+        width = len(label) + 2
+        parts = [text] if label == "cure" else wrap(text, WIDTH - 4 - width)
+        lines.append(f"{label}: " + ("\n" + " " * (4 + width)).join(parts))
     head = f"{finding.severity}: {finding.kind} ({_concerned(finding)})"
-    return "\n    ".join([head, *lines, "\n          ".join(cure)])
+    return "\n    ".join([head, *lines])
+
+
+def _markdown(finding: Finding) -> str:
+    head = f"- **{finding.severity}, {finding.kind}** ({_concerned(finding)}): {_sentence(finding)}"
+    lines = [
+        f"{label.capitalize()}: " + (f"`{text}`" if label == "cure" else text)
+        for label, text in _what_to_do(finding)
+    ]
+    return "  \n  ".join([head, *lines])
+
+
+def _what_to_do(finding: Finding) -> list[tuple[str, str]]:
+    parts = (("cure", finding.cure), ("advice", finding.advice), ("to be sure", finding.experiment))
+    return [(label, text) for label, text in parts if text]
 
 
 def _concerned(finding: Finding) -> str:

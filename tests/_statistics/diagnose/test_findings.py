@@ -1,0 +1,199 @@
+"""Broken trainings get the right finding first, and a cure that works; healthy ones get none."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import tfbn
+from broken_trainings import CASES, Lab, apply_cure, loss_on
+from tfbn._statistics.diagnose import causes
+from tfbn._statistics.diagnose.finding import SEVERITIES
+
+RNG = np.random.default_rng(0)
+
+# `python -m benchmarks.diagnosis` runs all cases. These are the ones that were misjudged once, and that
+# no other test shows.
+QUICK = (
+    "healthy_on_16_images",
+    "healthy_on_two_classes",
+    "momentum_0999",
+    "preprocessing_forgotten",
+    "surgery",
+    "loop_without_training_true",
+    "call_that_says_training_false",
+    "training_true_at_test_time",
+    "one_batch_with_a_nan",
+    "overflow_in_half_precision",
+    "sorted_classes",
+    "dropout_before_normalization",
+    "frozen_base_on_another_domain",
+    "frozen_by_mistake",
+    "another_epsilon_at_load",
+    "masks_ignored",
+)
+
+
+@pytest.fixture(scope="module")
+def lab() -> Lab:
+    return Lab("small", "keras", seed=0)
+
+
+def kinds(diagnosis) -> list[str]:
+    return [finding.kind for finding in diagnosis.findings]
+
+
+def check_complete(diagnosis) -> None:
+    """Every finding says what it has to, everywhere."""
+    for finding in diagnosis.findings:
+        assert finding.severity in SEVERITIES
+        assert finding.explanation
+        assert "{" not in finding.explanation + finding.advice
+        assert finding.cure or finding.advice or finding.experiment
+        assert finding.kind in str(diagnosis)
+        assert finding.kind in diagnosis.to_markdown()
+    json.loads(json.dumps(diagnosis.to_dict(), allow_nan=False))
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_first_finding_is_the_right_one_and_its_cure_works(lab, name):
+    case = CASES[name]
+    trained = case.train(lab)
+    before = [v.numpy() for v in trained.model.variables]
+    diagnosis = tfbn.diagnose(trained.model, trained.data, **trained.options)
+    for variable, value in zip(trained.model.variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+    check_complete(diagnosis)
+    if not case.expected:
+        assert not diagnosis, str(diagnosis)
+        return
+    assert kinds(diagnosis)[0] in case.expected, str(diagnosis)
+    finding = diagnosis.findings[0]
+    assert case.cured == bool(finding.cure), str(diagnosis)
+    if case.cured:
+        loss = loss_on(trained.model, trained.test)["loss"]
+        apply_cure(trained, finding.cure)
+        assert loss_on(trained.model, trained.test)["loss"] < loss or np.isnan(loss)
+
+
+def test_after_the_cure_there_is_no_finding(lab):
+    model = lab.lagging()
+    (finding,) = tfbn.diagnose(model, lab.train).findings
+    assert (
+        finding.kind == "lagging_statistics"
+    )  # told by the statistics alone: no steps were counted
+    assert finding.evidence["initial_weight"] == pytest.approx(0.999**360, abs=0.02)
+    tfbn.recalibrate(model, lab.train)
+    assert not tfbn.diagnose(model, lab.train)
+
+
+def test_every_cause_but_the_ambiguous_ones_has_a_case():
+    found = {kind for case in CASES.values() for kind in case.expected}
+    elsewhere = {"shared_domains", "dead_gammas", "replicas_diverged", "loss_gap"}
+    assert {cause.kind for cause in causes.CAUSES} == found | elsewhere
+
+
+# What the small network of the cases cannot show
+
+
+def test_a_cure_that_needs_include_frozen_says_so(lab):
+    trained = CASES["frozen_by_mistake"].train(lab)
+    (finding,) = tfbn.diagnose(trained.model, trained.data, upstream="batch").findings
+    assert finding.cure == "tfbn.recalibrate(model, data, upstream='batch', include_frozen=True)"
+
+
+def test_advice_about_dead_units_depends_on_what_is_before_them(lab):
+    texts = {}
+    for name in ("dead_units", "dead_first_convolution"):
+        trained = CASES[name].train(lab)
+        texts[name] = tfbn.diagnose(trained.model, trained.data).findings[0].advice
+    assert "LeakyReLU" in texts["dead_units"]
+    assert "LeakyReLU" not in texts["dead_first_convolution"]
+
+
+def test_the_cure_repeats_the_arguments_of_the_diagnosis(lab):
+    def forward(model, batch):
+        return model(batch[0], training=False)
+
+    (finding,) = tfbn.diagnose(lab.lagging(), lab.train, upstream="batch", forward=forward).findings
+    assert finding.cure == "tfbn.recalibrate(model, data, upstream='batch', forward=forward)"
+
+
+def test_a_shared_layer_that_sees_two_domains():
+    first, second = keras.Input((3,), name="first"), keras.Input((3,), name="second")
+    shared = layers.BatchNormalization(name="shared", momentum=0.5)
+    outputs = layers.Dense(1)(layers.Add()([shared(first), shared(second)]))
+    model = keras.Model([first, second], outputs)
+    x = RNG.normal(size=(64, 3)).astype("float32")
+    data = ((x, 5 + 2 * x),)
+    for _ in range(20):
+        model(data[0], training=True)
+    diagnosis = tfbn.diagnose(model, data)
+    check_complete(diagnosis)
+    assert kinds(diagnosis) == ["shared_domains"]
+    assert diagnosis.findings[0].layers == ("shared",)
+    assert diagnosis.findings[0].evidence["calls_apart"] == pytest.approx(2.5, rel=0.2)
+    near = ((x, x[::-1] * 1.1),)
+    tfbn.recalibrate(model, near)
+    assert not tfbn.diagnose(model, near)
+
+
+def test_dead_gammas_are_noted(lab):
+    model = lab.healthy()
+    gamma = lab.norms(model)[1].gamma
+    gamma.assign(np.where(np.arange(32) < 3, 0, gamma.numpy()))
+    diagnosis = tfbn.diagnose(model, lab.train, steps=4)
+    check_complete(diagnosis)
+    (finding,) = (one for one in diagnosis.findings if one.kind == "dead_gammas")
+    assert (finding.severity, finding.evidence) == ("note", {"channels": 3})
+
+
+def test_negative_variances_are_counted(lab):
+    model = lab.healthy()
+    variance = lab.norms(model)[2].moving_variance
+    variance.assign(-variance.numpy())
+    (finding,) = tfbn.diagnose(model, lab.train[0], steps=4).findings
+    assert (finding.kind, finding.evidence) == ("negative_variance", {"values": 64})
+    assert finding.layers == ("n2",)
+
+
+def test_data_that_is_not_finite_is_a_finding(lab):
+    images = lab.train[0][:64].copy()
+    images[7] = np.inf
+    diagnosis = tfbn.diagnose(lab.healthy(), (images, lab.train[1][:64]))
+    check_complete(diagnosis)
+    (finding,) = diagnosis.findings
+    assert finding.kind == "not_finite_inputs"
+    assert "'n0'" in finding.explanation
+    assert "So does the data." in finding.explanation
+    assert diagnosis.modes == {}
+
+
+def test_a_model_that_preprocesses_in_predict_alone_is_refused_by_name(lab):
+    class Task(keras.Model):
+        """As KerasHub's tasks do."""
+
+        preprocessor = layers.Rescaling(1 / 255)
+
+        def predict(self, x, **options):
+            return super().predict(self.preprocessor(x), **options)
+
+    model = lab.healthy()
+    task = Task(model.inputs, model.outputs, name="task")
+    with pytest.raises(ValueError, match="preprocess"):
+        tfbn.diagnose(task, lab.train)
+    data = (task.preprocessor(255 * lab.train[0]), lab.train[1])
+    assert not tfbn.diagnose(
+        task, data, forward=lambda model, batch: model(batch[0], training=False), steps=16
+    )
+
+
+def test_diagnose_raises_where_recalibrate_raises(lab):
+    with pytest.raises(ValueError, match="no batch normalization layers"):
+        tfbn.diagnose(keras.Sequential([keras.Input((2,)), layers.Dense(1)]), np.zeros((4, 2)))
+    with pytest.raises(ValueError, match=r"`upstream` must be one of"):
+        tfbn.diagnose(lab.healthy(), lab.train, upstream="both")
+    with pytest.raises(ValueError, match=r"only once.*an iterator"):
+        tfbn.diagnose(lab.healthy(), iter([lab.train]))

@@ -1,0 +1,226 @@
+"""Signs of why moving statistics are off."""
+
+import numpy as np
+
+from tfbn._statistics.diagnose.explanations import (
+    best_class_fraction,
+    best_pull_to_zero,
+    initial_values,
+    input_scale,
+)
+from tfbn._statistics.diagnose.model_evidence import ModelEvidence, is_off
+from tfbn._statistics.diagnose.signs.sign import (
+    Layers,
+    Sign,
+    all_to_blame,
+    compared,
+    distances,
+    explained_by,
+    named,
+)
+from tfbn._support.reports import count
+
+
+def replicas_diverged(model: ModelEvidence) -> Sign | None:
+    return named(model, model.diverged)
+
+
+def empty_batches(model: ModelEvidence) -> Sign | None:
+    found = [(layer, best_pull_to_zero(c)) for layer, c in compared(model, model.off)]
+    if not found:
+        return None
+    explained = np.median([one.explained for _, one in found])
+    kept = float(np.median([one.value for _, one in found]))
+    apart = max(abs(one.value - kept) for _, one in found)
+    if explained < 0.9 or kept > 0.97 or apart > 0.1:
+        return None
+    return Sign(model.off, {**distances(model.off), "kept": kept}, {"kept": kept})
+
+
+def masks_ignored(model: ModelEvidence) -> Sign | None:
+    masked = [layer for layer in model.off if layer.layer in model.structure.masked]
+    if not masked or model.experiments is None:
+        return None
+    first = min(layer.level for layer in masked)
+    unmasked = model.experiments.without_masks
+    explained = [
+        explained_by(c, unmasked[layer.layer])
+        for layer, c in compared(model, masked)
+        if layer.level == first
+    ]
+    if not explained or np.median(explained) < 0.8:
+        return None
+    effect = (
+        "The weights were trained that way, and recalibrating would raise the loss."
+        if model.recalibrating_harms
+        else ""
+    )
+    return Sign(masked, distances(masked), {"effect": effect})
+
+
+LAG = 0.03
+"""How much of the moving statistics may be old."""
+
+
+def lagging_statistics(model: ModelEvidence) -> Sign | None:
+    layers = [layer for layer in model.to_blame if layer.momentum is not None]
+    if not layers:
+        return None
+    return _lag_by_steps(model, layers) or _lag_by_statistics(model, layers)
+
+
+def _lag_by_steps(model: ModelEvidence, layers: Layers) -> Sign | None:
+    """How much is old after the steps that the optimizer counted."""
+    if not model.steps:
+        return None
+    weights = [(layer.momentum or 0.0) ** model.steps for layer in layers]
+    weight = float(np.median(weights))
+    explained = [
+        initial_values(c, (c.layer.momentum or 0.0) ** model.steps)
+        for _, c in compared(model, layers)
+    ]
+    if weight < LAG or not explained:
+        return None
+    if np.median(explained) > 0.5:
+        what = "are still the initial values"
+    elif weight > 0.1:
+        what = "are older than these steps"  # It was trained before, with another optimizer.
+    else:
+        return None
+    return _lag(layers, weight, what, f"{count(model.steps, 'training step')} were")
+
+
+def _lag_by_statistics(model: ModelEvidence, layers: Layers) -> Sign | None:
+    """How much is the initial values, if all layers agree on that, those that are not off among them."""
+    weight, explained = np.median([layer.initial_weight for layer in layers], axis=0)
+    alike = [layer for layer in model.candidates if layer.momentum is not None]
+    found = np.array([layer.initial_weight[0] for layer in alike])
+    agree = np.abs(found - weight) <= max(0.1, 0.25 * weight)
+    if weight < LAG or explained < 0.8 or np.mean(agree) < 0.8:
+        return None
+    return _lag(layers, float(weight), "are still the initial values", "The training steps were")
+
+
+def _lag(layers: Layers, weight: float, what: str, steps: str) -> Sign:
+    momentum = max(layer.momentum or 0 for layer in layers)
+    words = {"weight": weight, "what": what, "steps": steps, "momentum": momentum}
+    return Sign(layers, {**distances(layers), "initial_weight": weight}, words)
+
+
+def variance_shift(model: ModelEvidence) -> Sign | None:
+    behind = [
+        layer
+        for layer in model.candidates
+        if is_off(layer, 0.5) and layer.layer in model.structure.behind_noise
+    ]
+    if not behind or model.experiments is None:
+        return None
+    noisy = model.experiments.with_noise
+    explained = [explained_by(c, noisy[layer.layer]) for layer, c in compared(model, behind)]
+    if not explained or np.median(explained) < 0.6:
+        return None
+    return Sign(behind, distances(behind))
+
+
+FEW_EXAMPLES = 16
+
+
+def unlike_batches(model: ModelEvidence) -> Sign | None:
+    layers = _missing_variance(model)
+    if not layers or model.experiments is None:
+        return None
+    between = model.experiments.between_classes
+    gains = [
+        best_class_fraction(c, between[layer.layer][c.live]).explained - layer.batch_size[1]
+        for layer, c in compared(model, layers)
+        if layer.layer in between
+    ]
+    return Sign(layers, distances(layers)) if gains and np.median(gains) > 0.02 else None
+
+
+def small_batches(model: ModelEvidence) -> Sign | None:
+    layers = _missing_variance(model)
+    if not layers:
+        return None
+    size = float(np.median([layer.batch_size[0] for layer in layers]))
+    return Sign(layers, {**distances(layers), "batch_size": size}, {"size": size})
+
+
+def _missing_variance(model: ModelEvidence) -> Layers:
+    """Layers whose variance misses part of the spread between examples; all layers off must agree."""
+    short = [layer for layer in model.off if layer.log_variance_ratio < -0.2]
+    fitting = [
+        layer
+        for layer in short
+        if layer.batch_size[0] < FEW_EXAMPLES and layer.batch_size[1] > 0.75
+    ]
+    return fitting if 2 * len(fitting) > len(model.off) else []
+
+
+def noisy_statistics(model: ModelEvidence) -> Sign | None:
+    quick = [
+        layer
+        for layer in model.layers
+        if layer.momentum is not None and layer.momentum < 0.5 and layer.examples
+        if layer.mean_shift > 2 * layer.sampling_error
+    ]
+    if not quick or not (model.recalibrating_helps or model.to_blame):
+        return None
+    return Sign(quick, distances(quick), {"momentum": min(layer.momentum or 0 for layer in quick)})
+
+
+def rescaled_inputs(model: ModelEvidence) -> Sign | None:
+    first = [layer for layer in model.to_blame if layer.level == 0]
+    scales = [input_scale(c) for _, c in compared(model, first) if len(c.mean) >= 4]
+    if not scales:
+        return None
+    scale = float(np.median([one.value for one in scales]))
+    if min(one.explained for one in scales) < 0.9 or 0.8 < scale < 1.25:
+        return None
+    times = 1 / scale
+    numbers = {**distances(model.to_blame), "scale": times}
+    return Sign(model.to_blame, numbers, {"times": times})
+
+
+def averaged_weights(model: ModelEvidence) -> Sign | None:
+    return all_to_blame(model) if model.averages_weights else None
+
+
+PRUNED = 0.1
+
+
+def pruned_weights(model: ModelEvidence) -> Sign | None:
+    sign = all_to_blame(model) if model.zeros > PRUNED else None
+    return sign and sign._replace(words={"zeros": model.zeros})
+
+
+def changed_epsilon(model: ModelEvidence) -> Sign | None:
+    small = any(np.median(c.variance) < 0.01 for c in model.comparisons.values())
+    if not model.to_blame or not small or model.experiments is None:
+        return None
+    epsilon = model.experiments.better_epsilon
+    if epsilon is None or model.losses is None:
+        return None
+    if model.losses.gain(f"epsilon={epsilon:g}", over="inference") < 0.5 * model.gain:
+        return None
+    return Sign(model.to_blame, distances(model.to_blame), {"epsilon": epsilon})
+
+
+def changed_weights(model: ModelEvidence) -> Sign | None:
+    off = model.to_blame
+    if not off:
+        return None
+    level = min(layer.level for layer in off)
+    before = [layer for layer in model.layers if layer.measured and layer.level < level]
+    matching = all(layer.mean_shift < 0.1 for layer in before)
+    if not before or not matching:
+        return None
+    words = {
+        "last": max(before, key=lambda layer: layer.level).layer,
+        "first": min(off, key=lambda layer: layer.level).layer,
+    }
+    return Sign(off, distances(off), words)
+
+
+def other_data_or_weights(model: ModelEvidence) -> Sign | None:
+    return all_to_blame(model)
