@@ -1,7 +1,10 @@
 """Checks and error texts that several rooms share."""
 
 import numbers
+import re
 from typing import Any
+
+_WRAPPED = "Exception encountered when calling"
 
 
 def check_count(name: str, value: Any, least: int = 1, optional: bool = False) -> None:
@@ -19,7 +22,9 @@ def first_line(error: BaseException) -> str:
 
     An error without a message gives its type alone.
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Keras wraps errors: the original message follows, in bold.
+    lines = [re.sub(r"\x1b\[\d*m", "", line).strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not line.startswith(_WRAPPED)]
     return ": ".join([type(error).__name__, *lines[:1]])
 
 

@@ -268,3 +268,16 @@ def test_an_error_without_a_message_is_reported_by_its_type():
     block.norm.build((None, 8, 8, 4))
     (row,) = folded(keras.Model(x, block(x))).report.rows
     assert row.reason.endswith("is kept whole: NotImplementedError")
+
+
+def test_a_training_argument_that_a_layer_does_not_take_is_dropped():
+    class Passing(Residual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.identity = layers.Identity()
+
+        def call(self, x: Any, training: Any = None) -> Any:
+            return self.identity(super().call(x, training=training), training=training)
+
+    x = image()
+    assert into(folded(keras.Model(x, Passing()(x)))) == ["conv"]

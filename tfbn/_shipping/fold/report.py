@@ -57,8 +57,8 @@ class FoldReport(Report):
         difference: The largest difference between outputs of the folded and of the original model,
             relative to the largest output.
         tolerance: The largest difference that was allowed.
-        shared: The names of layers that cannot be created from their config. The folded model uses
-            the layers of the original model, with the same weights, and cannot be saved as a `.keras` file.
+        shared: The names of layers that cannot be created from their config. The folded model uses the
+            layers of the original model, with the same weights.
     """
 
     rows: tuple[FoldedCall, ...]

@@ -179,6 +179,8 @@ def _graph_of(model: keras.Model) -> Graph:
     calls = []
 
     def record(operation: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(operation, keras.layers.Layer) and not _takes_training(operation):
+            kwargs.pop("training", None)  # Keras drops it, too, when it calls the layer.
         outputs = _Recorder(operation)(*args, **kwargs)
         calls.append(Call(operation, args, kwargs, outputs))
         return outputs
@@ -189,6 +191,13 @@ def _graph_of(model: keras.Model) -> Graph:
             model, input_tensors=inputs, clone_function=lambda layer: layer, call_function=record
         )
     return Graph(model, inputs, walked.output, calls)
+
+
+def _takes_training(layer: keras.layers.Layer) -> bool:
+    parameters = signature(layer.call).parameters
+    return "training" in parameters or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
 
 
 def _input_like(tensor: Any) -> Any:
