@@ -281,3 +281,14 @@ def test_a_training_argument_that_a_layer_does_not_take_is_dropped():
 
     x = image()
     assert into(folded(keras.Model(x, Passing()(x)))) == ["conv"]
+
+
+def test_a_functional_model_whose_constructor_takes_something_else_is_folded():
+    class Net(keras.Model):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            if args:
+                raise TypeError("takes keyword arguments only")
+            x = image()
+            super().__init__(x, Norm()(layers.Dense(kwargs["units"], name="dense")(x)))
+
+    assert into(folded(Net(units=3))) == ["dense"]

@@ -16,7 +16,6 @@ from tfbn._models.functional import (
     is_functional,
     key_names,
     seen_inputs,
-    without_compilation,
 )
 from tfbn._models.walk import CLASSES, batch_norm_layers, children, walk
 from tfbn._shipping.fold.graph import Call, Graph, Substitution, tensors
@@ -186,11 +185,19 @@ def _graph_of(model: keras.Model) -> Graph:
         return outputs
 
     inputs = keras.tree.map_structure(lambda x: input_like(model, x), model.input)
-    with without_compilation(model):
-        walked = keras.models.clone_model(
-            model, input_tensors=inputs, clone_function=lambda layer: layer, call_function=record
-        )
+    plain = keras.Model(
+        model.input, model.output
+    )  # Keras clones a model by its class's constructor.
+    walked = keras.models.clone_model(
+        plain, input_tensors=inputs, clone_function=lambda layer: layer, call_function=record
+    )
     return Graph(model, inputs, walked.output, calls)
+
+
+def _input_like(tensor: Any) -> Any:
+    if not isinstance(tensor, keras.KerasTensor):
+        return tensor
+    return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, sparse=tensor.sparse)
 
 
 def _takes_training(layer: keras.layers.Layer) -> bool:
@@ -198,12 +205,6 @@ def _takes_training(layer: keras.layers.Layer) -> bool:
     return "training" in parameters or any(
         parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
     )
-
-
-def _input_like(tensor: Any) -> Any:
-    if not isinstance(tensor, keras.KerasTensor):
-        return tensor
-    return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, sparse=tensor.sparse)
 
 
 def _casts_alike(graph: Graph, call: Call) -> bool:
