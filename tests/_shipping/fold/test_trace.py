@@ -292,3 +292,17 @@ def test_a_functional_model_whose_constructor_takes_something_else_is_folded():
             super().__init__(x, Norm()(layers.Dense(kwargs["units"], name="dense")(x)))
 
     assert into(folded(Net(units=3))) == ["dense"]
+
+
+def test_a_custom_layer_of_a_dict_is_opened_without_a_warning():
+    class Pyramid(Residual):
+        def call(self, x: Any, training: Any = None) -> Any:
+            return super().call(x["low"] + x["high"], training=training)
+
+    x = image()
+    pyramid = Pyramid()
+    pyramid.conv.build((None, 8, 8, 4))
+    pyramid.norm.build((None, 8, 8, 4))
+    pyramid.built = True
+    low, high = layers.ReLU()(x), layers.Dense(4)(x)
+    assert into(folded(keras.Model(x, pyramid({"high": high, "low": low})))) == ["conv"]

@@ -46,7 +46,8 @@ def trace(model: keras.Model) -> Graph:
         if _has_graph(model):
             return _flat_graph(model)
         try:
-            return _flat_graph_of_call(model, [_inputs_of(model)])
+            inputs = _inputs_of(model)
+            return _flat_graph_of_call(model, [inputs], inputs)
         except Exception as error:  # `call` is user code, which can raise anything.
             raise TraceError(
                 f"Cannot trace the model '{model.name}' of class {type(model).__name__}: its `call` "
@@ -119,7 +120,7 @@ def _inside(call: Call) -> Graph | None:
             graph = _flat_graph(layer)
         else:
             args = keras.tree.map_structure(_input_like, list(call.args))
-            graph = _flat_graph_of_call(layer, args)
+            graph = _flat_graph_of_call(layer, args, tensors(args))
     except Exception as error:  # `call` is user code, which can raise anything on symbolic tensors.
         call.kept_whole = first_line(error).partition(". ")[0]
         return None
@@ -129,8 +130,14 @@ def _inside(call: Call) -> Graph | None:
     return graph
 
 
-def _flat_graph_of_call(layer: keras.layers.Layer, args: list[Any]) -> Graph:
-    """Traces the `call` of a layer, and returns its graph with nested models flattened."""
+def _flat_graph_of_call(layer: keras.layers.Layer, args: list[Any], inputs: Any) -> Graph:
+    """Traces the `call` of a layer, and returns its graph with nested models flattened.
+
+    Args:
+        layer: A layer or model.
+        args: What to call it with.
+        inputs: The symbolic tensors among the arguments, nested as the inputs of the graph are to be.
+    """
     inside = {id(weight) for child in children(layer) for weight in child.weights}
     if any(id(weight) not in inside for weight in layer.weights):
         raise ValueError("it has weights of its own")
@@ -138,7 +145,7 @@ def _flat_graph_of_call(layer: keras.layers.Layer, args: list[Any]) -> Graph:
     with keras.StatelessScope():  # Drops what the call assigns to variables.
         outputs = layer.call(*args, **inference)
     known = {id(inner) for inner in walk(layer)}
-    model = keras.Model(args[0] if len(args) == 1 else args, outputs)
+    model = keras.Model(inputs, outputs)
     if any(inner.weights and id(inner) not in known for inner in model.layers):
         raise ValueError("it creates layers in its call")
     return _flat_graph(model)
