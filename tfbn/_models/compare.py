@@ -1,6 +1,5 @@
 """Comparing the outputs of two models, and drawing the inputs to compare them on."""
 
-import numbers
 from typing import Any
 
 import keras
@@ -8,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn._models.walk import walk
+from tfbn._support.checks import is_number
 
 TOLERANCES = {"float16": 3e-2, "bfloat16": 2e-1}
 """Tolerances for half precision: roughly the rounding error that ten layers accumulate."""
@@ -25,7 +25,7 @@ def tolerance_for(model: keras.layers.Layer, given: float | None) -> float:
         ValueError: If `given` is not a number of at least 0.
     """
     if given is not None:
-        if not (isinstance(given, numbers.Real) and given >= 0):
+        if not (is_number(given) and given >= 0):
             raise ValueError(
                 f"`tolerance` must be a number of at least 0. Received: tolerance={given!r}."
             )
@@ -51,8 +51,9 @@ def random_inputs(specs: Any, batch_size: int, unknown: int = 32) -> Any:
 
     def draw(spec: Any) -> tf.Tensor:
         dtype = tf.as_dtype(spec.dtype)
-        first, *others = spec.shape
-        shape = [first or batch_size, *(unknown if size is None else size for size in others)]
+        sizes = enumerate(spec.shape)
+        open_sizes = [unknown if axis else batch_size for axis in range(len(spec.shape))]
+        shape = [open_sizes[axis] if size is None else size for axis, size in sizes]
         if dtype.is_floating:
             return tf.cast(rng.normal(size=shape), dtype)
         if dtype.is_integer or dtype.is_bool:

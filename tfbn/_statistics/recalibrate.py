@@ -95,7 +95,8 @@ def recalibrate(
         ValueError: If an argument is out of range; if the model has no batch normalization layers, only
             frozen ones, or calls none; if one is called inside of a graph loop or branch; if the data has no
             examples, is endless, or ends before ``steps`` batches; if it must be read again, but can be read
-            only once or has changed; or if inputs are not finite.
+            only once or has changed.
+        NotFiniteError: (a `ValueError`) If an input of a layer is not finite.
 
     If it raises, or is interrupted, the model does not change.
 
