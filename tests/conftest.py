@@ -42,7 +42,7 @@ CPUS = [name for name in _devices() if name.startswith("CPU")]
 
 # The files that take longest. They go first, or in the end one process would wait for the other.
 LONG = [
-    "_statistics/test_diagnose",
+    "_statistics/diagnose/test_findings",
     "_training/test_replicas",
     "_training/test_workers",
     "_statistics/test_recalibrate",

@@ -440,5 +440,5 @@ def test_what_a_gpu_is_for_ends_with_how_many_tests_passed_failed_and_were_skipp
         "failed": 2,
         "skipped": 1,
     }
-    with pytest.raises(RuntimeError, match="exit code 5"):  # pytest's: there was no test
-        gpu.tested([*arguments, "-k", "nothing"], tmp_path / "none.xml")
+    with pytest.raises(RuntimeError, match="exit code 4"):  # pytest's: it was called wrongly
+        gpu.tested([*arguments, "--no-such-option"], tmp_path / "none.xml")

@@ -195,5 +195,10 @@ def test_diagnose_raises_where_recalibrate_raises(lab):
         tfbn.diagnose(keras.Sequential([keras.Input((2,)), layers.Dense(1)]), np.zeros((4, 2)))
     with pytest.raises(ValueError, match=r"`upstream` must be one of"):
         tfbn.diagnose(lab.healthy(), lab.train, upstream="both")
-    with pytest.raises(ValueError, match=r"only once.*an iterator"):
-        tfbn.diagnose(lab.healthy(), iter([lab.train]))
+
+
+def test_data_that_can_be_read_once_is_enough(lab):
+    model = lab.healthy()
+    once, again = (tfbn.diagnose(model, data) for data in (iter([lab.train]), lambda: [lab.train]))
+    assert once.findings == again.findings
+    assert once.modes == again.modes
