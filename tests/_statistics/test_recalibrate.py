@@ -216,6 +216,55 @@ def test_batch_statistics_pool_unequal_batches_exactly_and_update_bn_does_not(ki
     assert np.all(norm.running_var.numpy() < 0.8 * variance)
 
 
+# Few examples: the present statistics as a prior
+
+
+def test_a_prior_averages_the_present_statistics_with_those_of_the_data():
+    few, prior = X[:8].astype("float64"), 24
+    model = chain()
+    old = {
+        "first": (np.array([1.0, 2.0]), np.array([3.0, 0.5])),
+        "second": (np.ones(3), 2 * np.ones(3)),
+    }
+    for name, (mean, variance) in old.items():
+        model.get_layer(name).moving_mean.assign(mean)
+        model.get_layer(name).moving_variance.assign(variance)
+    tfbn.recalibrate(model, X[:8], batch_size=3, prior=prior)
+
+    def mixed(name, seen):
+        return tuple(
+            (prior * before + len(few) * now) / (prior + len(few))
+            for before, now in zip(old[name], (seen.mean(0), seen.var(0)), strict=True)
+        )
+
+    mean, variance = mixed("first", few)
+    # The second layer sees what the first one gives with the statistics that it has from now on.
+    inside = np.maximum((few - mean) / np.sqrt(variance + 1e-3) @ np.ones((2, 3)), 0)
+    assert_statistics(model, {"first": (mean, variance), "second": mixed("second", inside)})
+
+
+def test_without_a_prior_statistics_that_are_not_finite_do_not_matter():
+    model = chain()
+    model.get_layer("first").moving_mean.assign([np.nan, np.inf])
+    with pytest.raises(ValueError, match=r"NaN or infinite.*`prior`.*prior=3, layer '[^']*first'"):
+        tfbn.recalibrate(model, X, prior=3)
+    tfbn.recalibrate(model, X)
+    np.testing.assert_allclose(statistics(model)["first"][0], X.mean(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"prior": -1}, "`prior` must be an integer of at least 0. Received: prior=-1"),
+        ({"prior": 3, "upstream": "batch"}, '`prior` requires upstream="population".*prior=3'),
+    ],
+    ids=str,
+)
+def test_a_prior_out_of_range(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        tfbn.recalibrate(chain(), X, **arguments)
+
+
 # Layers of every kind
 
 

@@ -31,8 +31,12 @@ class LayerCall:
         self.level = level
         self.moments: Sequence[Moments] = ()
 
-    def set_moments(self, measured: Sequence[Moments]) -> None:
+    def set_moments(self, measured: Sequence[Moments], weight: float = 1.0) -> None:
         """Stores what was measured. After that, the call can `normalize`.
+
+        Args:
+            measured: The moments of its inputs, and of each summary.
+            weight: That of the moments against the layer's moving statistics when it normalizes.
 
         Raises:
             NotFiniteError: If the moments of its inputs are not finite.
@@ -46,8 +50,9 @@ class LayerCall:
             )
         self.moments = measured
         # A channel that masks hide everywhere keeps the statistics of the layer.
-        self._mean = np.where(count > 0, mean, self.layer.moving_mean.numpy())
-        self._variance = np.where(count > 0, variance, self.layer.moving_variance.numpy())
+        weights = np.where(count > 0, weight, 0)
+        self._mean = average(self.layer.moving_mean.numpy(), mean, weights)
+        self._variance = average(self.layer.moving_variance.numpy(), variance, weights)
 
     def normalize(self, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
         """Normalizes by the measured statistics, as one training step on all data at once would."""
@@ -93,6 +98,12 @@ def values(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) -> Moments
     shift, relative = moments(x, axes, mask)
     count, mean, variance = (tf.cast(value, tf.float64) for value in relative)
     return Moments(count, tf.cast(shift, tf.float64) + mean, variance)
+
+
+def average(old: np.ndarray, new: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Averages statistics. A weight of 0 or 1 gives one of them to the bit, whatever the other is."""
+    old = np.asarray(old, np.float64)
+    return (1 - weight) * np.where(weight < 1, old, 0) + weight * np.where(weight > 0, new, 0)
 
 
 def _affine(layer: BatchNormLayer, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:

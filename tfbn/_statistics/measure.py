@@ -71,11 +71,13 @@ class StatisticsPasses:
         upstream: "population" or "batch".
         summaries: What else to measure of each call, beside the moments of its inputs.
         cache: Keeps the tensors between levels.
+        prior: How many examples the moving statistics count for.
 
     Attributes:
         calls: The calls, in order.
         levels: How many levels are measured one after the other: 1 with ``upstream="batch"``.
         passes: How often `measure` has read the data.
+        weight: The weight of the data against the moving statistics: 1 without a prior.
         cache_use: How it has used the cache.
         forward: The argument.
         strategy: The strategy whose replicas share each batch.
@@ -94,17 +96,20 @@ class StatisticsPasses:
         upstream: str,
         summaries: Sequence[Summary] = (),
         cache: TensorCache | None = None,
+        prior: int = 0,
     ):
         self._model = model
         self._layers = layers
         self._exact = upstream == "population"
         self._summaries = summaries
         self._cache = TensorCache() if cache is None else cache
+        self._prior = prior
         self._traced: dict[Any, TracedModel] = {}
         self._merge = tf.function(merge_packed, input_signature=[SPEC, SPEC], autograph=False)
         self.forward = forward
         self.strategy = strategy_of(model)
         self.passes = 0
+        self.weight = 1.0
         self.cache_use = CacheUse()
         first = self._trace(spec)
         self.calls = [LayerCall(*pair) for pair in zip(first.layers, first.levels, strict=True)]
@@ -228,6 +233,8 @@ class StatisticsPasses:
                 keeping = False
                 kept.clear()
                 self._note(str(error))
+        if self._prior:
+            self.weight = reader.examples / (self._prior + reader.examples)
         self._finish([call for call in self.calls if call.level == level], totals)
         if keeping:
             return kept
@@ -255,4 +262,4 @@ class StatisticsPasses:
             shapes = [call.layer.moving_mean.shape for call in calls for _ in range(each)]
             found = iter(unpack(total, shapes))
             for call in calls:
-                call.set_moments(list(itertools.islice(found, each)))
+                call.set_moments(list(itertools.islice(found, each)), self.weight)

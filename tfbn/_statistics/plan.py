@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfbn._data.multi_pass import MultiPassReader
@@ -13,7 +14,7 @@ from tfbn._models.walk import BatchNormLayer, batch_norm_layers, name_of, statis
 from tfbn._statistics.measure import StatisticsPasses
 from tfbn._statistics.tensor_cache import TensorCache
 from tfbn._statistics.traced_model import Forward, Summary
-from tfbn._support.checks import first_line
+from tfbn._support.checks import check_count, first_line
 from tfbn._support.reports import count
 
 UPSTREAM = ("population", "batch")
@@ -28,6 +29,7 @@ def plan_passes(
     include_frozen: bool,
     summaries: Sequence[Summary] = (),
     cache: TensorCache | None = None,
+    prior: int = 0,
 ) -> tuple[list[BatchNormLayer], StatisticsPasses]:
     """Returns all batch normalization layers of a model, and the passes that measure those not frozen.
 
@@ -39,13 +41,20 @@ def plan_passes(
         include_frozen: Whether to measure frozen layers, too.
         summaries: What else to measure of each call.
         cache: Keeps the tensors between levels.
+        prior: How many examples the moving statistics count for.
 
     Raises:
         TypeError: If `model` is not a Keras model or layer.
-        ValueError: If there is nothing to measure, or ``upstream`` is unknown.
+        ValueError: If there is nothing to measure, or an argument is out of range.
     """
     if upstream not in UPSTREAM:
         raise ValueError(f"`upstream` must be one of {UPSTREAM}. Received: upstream={upstream!r}.")
+    check_count("prior", prior, least=0)
+    if prior and upstream == "batch":
+        raise ValueError(
+            '`prior` requires upstream="population", in which layers normalize by the statistics that they '
+            f"will have. Received: prior={prior!r}, upstream={upstream!r}."
+        )
     batch_norm_layers(model)  # Raises if it is not a layer.
     if forward is None:
         _check_preprocessing(model)
@@ -68,6 +77,8 @@ def plan_passes(
         )
     for layer in measured:
         _check_call(layer)
+        if prior and layer.built:
+            _check_finite(layer, prior)
     passes = StatisticsPasses(
         model,
         [layer for layer in measured if layer.built],
@@ -76,6 +87,7 @@ def plan_passes(
         upstream=upstream,
         summaries=summaries,
         cache=cache,
+        prior=prior,
     )
     if not passes.calls:
         raise ValueError(
@@ -157,6 +169,16 @@ def _check_preprocessing(model: keras.layers.Layer) -> None:
             "`lambda model, batch: model(batch[0], training=False)`. "
             f"Received: model {model.name!r} of type {type(model).__name__}."
         )
+
+
+def _check_finite(layer: BatchNormLayer, prior: int) -> None:
+    """Raises if the moving statistics cannot be averaged with others."""
+    for weight in (layer.moving_mean, layer.moving_variance):
+        if not np.isfinite(keras.ops.convert_to_numpy(weight)).all():
+            raise ValueError(
+                "The moving statistics are NaN or infinite, so they cannot count as a `prior`. Leave it out. "
+                f"Received: prior={prior!r}, layer {name_of(layer)!r}."
+            )
 
 
 def _check_call(layer: BatchNormLayer) -> None:

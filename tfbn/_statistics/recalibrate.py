@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfbn._data.multi_pass import MultiPassReader
 from tfbn._models.walk import BatchNormLayer, name_of, statistics_are_frozen
-from tfbn._statistics.layer_call import LayerCall, merge_calls
+from tfbn._statistics.layer_call import LayerCall, average, merge_calls
 from tfbn._statistics.plan import fit_data, plan_passes
 from tfbn._statistics.recalibration import LayerChange, Recalibration
 from tfbn._statistics.tensor_cache import TensorCache
@@ -30,6 +30,7 @@ def recalibrate(
     steps: int | None = None,
     batch_size: int | None = None,
     include_frozen: bool = False,
+    prior: int = 0,
     cache: str = "auto",
     cache_limit: int | None = None,
     verbose: bool = False,
@@ -79,6 +80,11 @@ def recalibrate(
         batch_size: The batch size for arrays; by default 32.
         include_frozen: Whether to recalibrate layers with frozen statistics (``trainable=False``, or
             `tfbn.freeze`). By default they keep their statistics and normalize by them.
+        prior: How many examples the present moving statistics count for; by default 0. To adapt a model to
+            few examples of a new domain, keep some weight on the statistics of the training: with
+            :math:`N` as the prior and :math:`n` examples in the data, the mean becomes
+            :math:`\frac{N}{N+n} \mu_{old} + \frac{n}{N+n} \mu`, and the variance likewise (Schneider et al.).
+            Requires ``upstream="population"``.
         cache: Where to keep the inputs of the next layers for the whole data set while
             ``upstream="population"`` runs layer by layer: "memory"; "disk", for temporary files; or "auto",
             for memory and then files. If they fit, the data is read once, and the model runs once. If they
@@ -105,6 +111,8 @@ def recalibrate(
         >>> print(tfbn.recalibrate(model, train_images))
 
     Reference:
+        - Schneider et al., `Improving robustness against common corruptions by covariate shift adaptation
+          <https://arxiv.org/abs/2006.16971>`_, 2020: the prior.
         - Ioffe and Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015, algorithm 2:
           population statistics in inference.
         - Wu and Johnson, `Rethinking "Batch" in BatchNorm <https://arxiv.org/abs/2105.07576>`_, 2021,
@@ -115,14 +123,20 @@ def recalibrate(
     tensors = TensorCache(cache, cache_limit)
     reader = MultiPassReader(fit_data(model, data, y), steps, batch_size, verbose)
     layers, passes = plan_passes(
-        model, reader, upstream, forward, include_frozen=include_frozen, cache=tensors
+        model,
+        reader,
+        upstream,
+        forward,
+        include_frozen=include_frozen,
+        cache=tensors,
+        prior=prior,
     )
     reader.expect(1 if cache != "none" else passes.levels, passes.levels)
     passes.measure(reader)
     changes, assignments = [], []
     for layer in layers:
         calls = [call for call in passes.calls if call.layer is layer]
-        change, values = _change(layer, calls, reader.batches, include_frozen)
+        change, values = _change(layer, calls, reader.batches, passes.weight, include_frozen)
         changes.append(change)
         assignments += values
     with passes.strategy.scope():
@@ -142,7 +156,11 @@ def recalibrate(
 
 
 def _change(
-    layer: BatchNormLayer, calls: Sequence[LayerCall], batches: int, include_frozen: bool
+    layer: BatchNormLayer,
+    calls: Sequence[LayerCall],
+    batches: int,
+    weight: float,
+    include_frozen: bool,
 ) -> tuple[LayerChange, list[Assignment]]:
     """Returns what to report about a layer, and the new values of its weights."""
     name = name_of(layer)
@@ -158,7 +176,8 @@ def _change(
         np.asarray(keras.ops.convert_to_numpy(weight), np.float64)
         for weight in (layer.moving_mean, layer.moving_variance)
     )
-    mean, variance = np.where(seen, mean, old_mean), np.where(seen, variance, old_variance)
+    mean = average(old_mean, mean, np.where(seen, weight, 0))
+    variance = average(old_variance, variance, np.where(seen, weight, 0))
     stddev = np.sqrt(variance + layer.epsilon)
     values: list[Assignment] = [(layer.moving_mean, mean), (layer.moving_variance, variance)]
     if getattr(layer, "renorm", False):  # Keras 3.8 has no renorm.
@@ -169,7 +188,7 @@ def _change(
         ]
     if layer.momentum is None:
         counts = keras.ops.convert_to_numpy(layer.update_count)
-        values.append((layer.update_count, np.where(seen, batches, counts)))
+        values.append((layer.update_count, np.where(seen, round(batches / weight), counts)))
     with np.errstate(divide="ignore"):  # An old variance of 0 or less: the ratio is infinite.
         log_ratio = np.log(stddev**2) - np.log(np.maximum(old_variance + layer.epsilon, 0))
     change = LayerChange(
