@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn._layer import arguments, collect_moments, moving_average, renorm, virtual_batches
+from tfbn._layer.affine_weights import affine_weights
 from tfbn._moments import replicas
 from tfbn._moments.moments import Moments, statistics_dtype
 from tfbn._normalize.dispatch import normalize, normalize_batch
@@ -314,7 +315,7 @@ class BatchNormalization(keras.layers.Layer):
 
     def _normalize_batch(self, x: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, Moments]:
         over = Normalization(self._axes, self.epsilon, mask, self.synchronized)
-        gamma, beta = self._affine(x)
+        gamma, beta = affine_weights(self, statistics_dtype(x.dtype))
         if self.virtual_batch_size is not None:
             y, moments = virtual_batches.normalize_groups(
                 x, gamma, beta, over, self.virtual_batch_size
@@ -346,17 +347,10 @@ class BatchNormalization(keras.layers.Layer):
         self.update_statistics(moments)
 
     def _infer(self, x: tf.Tensor) -> tf.Tensor:
-        gamma, beta = self._affine(x)
+        gamma, beta = affine_weights(self, statistics_dtype(x.dtype))
         mean, variance = (tf.cast(w, gamma.dtype) for w in (self.moving_mean, self.moving_variance))
         over = Normalization(self._axes, self.epsilon)
         return tf.cast(normalize(x, mean, variance, gamma, beta, over), self.compute_dtype)
-
-    def _affine(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Gamma and beta in the dtype of the statistics; 1 and 0 where the layer has none."""
-        dtype, shape = statistics_dtype(x.dtype), self.moving_mean.shape
-        gamma = tf.ones(shape, dtype) if self.gamma is None else tf.cast(self.gamma, dtype)
-        beta = tf.zeros(shape, dtype) if self.beta is None else tf.cast(self.beta, dtype)
-        return gamma, beta
 
     def load_own_variables(self, store: Any) -> None:
         """Loads the weights. In older files ``update_count`` is one number for all channels."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfbn._moments.moments import Moments, count
+from tfbn._moments.moments import Moments, count, zero_where_empty
 from tfbn._normalize.fused import Fused, gradient, kernel
 from tfbn._normalize.kernel import Gradients, Normalization
 
@@ -34,7 +34,7 @@ class CuDNN(Fused):
         # nothing is checked: a decision by value would stop the GPU's queue.
         n = count(x, [self._format.index("C")])
         variance = tf.math.multiply_no_nan(unbiased, tf.math.divide_no_nan(n - 1, n))
-        mean = tf.where(n > 0, mean, tf.zeros_like(mean))
+        mean = zero_where_empty(mean, n)
         return y, Moments(n, mean, variance), (x, *reserve)
 
     def backward(self, saved: Any, dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor) -> Gradients:

@@ -23,7 +23,13 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tfbn._moments.moments import Moments, count, merge_all, sum_over
+from tfbn._moments.moments import (
+    Moments,
+    count,
+    merge_all,
+    sum_over,
+    zero_where_empty,
+)
 from tfbn._normalize.kernel import Gradients, Normalization
 
 DTYPES = (tf.float32, tf.float16, tf.bfloat16)
@@ -217,7 +223,7 @@ def _kernel_moments(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 def _zero_if_empty(moments: Moments) -> Moments:
     """The kernel leaves whatever was in memory as the moments of an empty batch."""
     n, *values = moments
-    return Moments(n, *(tf.where(n > 0, value, tf.zeros_like(value)) for value in values))
+    return Moments(n, *(zero_where_empty(value, n) for value in values))
 
 
 def _if_rounding_shows(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from tfbn._layer.affine_weights import affine_weights
 from tfbn._models.walk import BatchNormLayer, name_of
 from tfbn._moments import replicas
 from tfbn._moments.moments import Moments, along, merge, moments, statistics_dtype
@@ -63,7 +64,7 @@ class LayerCall:
             x - along(coarse, x, axes),
             tf.cast(self._mean - tf.cast(coarse, tf.float64), dtype),
             tf.cast(self._variance, dtype),
-            *_affine(self.layer, dtype),
+            *affine_weights(self.layer, dtype),
             Normalization(axes, self.layer.epsilon),
         )
         return tf.cast(y, self.layer.compute_dtype)
@@ -77,7 +78,7 @@ def normalize_by_batch(
     If the layer is synchronized, the replicas share the moments of the global batch: each returns them
     with its part of the count.
     """
-    scale, offset = _affine(layer, statistics_dtype(x.dtype))
+    scale, offset = affine_weights(layer, statistics_dtype(x.dtype))
     synchronized = getattr(layer, "synchronized", False)
     over = Normalization(axes, layer.epsilon, mask, synchronized)
     y, (count, mean, variance) = normalize_batch(x, scale, offset, over)
@@ -104,10 +105,3 @@ def average(old: np.ndarray, new: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Averages statistics. A weight of 0 or 1 gives one of them to the bit, whatever the other is."""
     old = np.asarray(old, np.float64)
     return (1 - weight) * np.where(weight < 1, old, 0) + weight * np.where(weight > 0, new, 0)
-
-
-def _affine(layer: BatchNormLayer, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
-    shape = layer.moving_mean.shape
-    gamma = tf.ones(shape, dtype) if layer.gamma is None else tf.cast(layer.gamma, dtype)
-    beta = tf.zeros(shape, dtype) if layer.beta is None else tf.cast(layer.beta, dtype)
-    return gamma, beta

@@ -190,9 +190,9 @@ def added_losses_kept(layer: keras.layers.Layer) -> Iterator[None]:
     nothing is kept.
     """
     replica = tf.distribute.get_replica_context()
-    entry = getattr(_call_context(), "entry_layer", None)
     alone = replica is None or replica.num_replicas_in_sync == 1
-    if alone or entry is None or not hasattr(entry, "_losses"):
+    entry = None if alone else getattr(_call_context(), "entry_layer", None)
+    if entry is None or not hasattr(entry, "_losses"):
         yield
         return
     layers = _with_all_inside(entry)
