@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import keras
 import pytest
+import tensorflow as tf
 
 import tfbn
 from tfbn._support import backend
@@ -131,6 +133,49 @@ def test_keras_already_imported_on_another_backend_is_refused(monkeypatch):
     monkeypatch.setattr(keras.config, "backend", lambda: "jax")
     with pytest.raises(ImportError, match="backend 'jax', as Keras was imported"):
         backend.require_tensorflow()
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "version", "oldest"),
+    [
+        (keras, "Keras", "3.9.2", "3.10"),
+        (keras, "Keras", "2.15.0", "3.10"),
+        (tf, "TensorFlow", "2.17.1", "2.18"),
+    ],
+)
+def test_versions_that_are_too_old_are_refused_with_the_cure(
+    monkeypatch, package, name, version, oldest
+):
+    monkeypatch.setattr(package, "__version__", version)
+    with pytest.raises(ImportError) as raised:
+        backend.require_tensorflow()
+    assert str(raised.value) == (
+        f"tfbn needs {name} {oldest} or newer. Received: {name} {version}. "
+        f"Upgrade it: pip install --upgrade '{name.lower()}>={oldest}'."
+    )
+
+
+@pytest.mark.parametrize("version", ["3.10.0", "3.16.0.dev2026112103", "4.0.0rc1"])
+def test_newer_versions_are_taken_and_those_before_a_release_too(monkeypatch, version):
+    monkeypatch.setattr(keras, "__version__", version)
+    backend.require_tensorflow()
+
+
+def test_the_oldest_versions_are_the_same_wherever_they_are_said():
+    keras_oldest, tensorflow_oldest = (
+        ".".join(map(str, backend.OLDEST[name])) for name in ("Keras", "TensorFlow")
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["dependencies"] == [
+        f"tensorflow>={tensorflow_oldest}",
+        f"keras>={keras_oldest}",
+    ]
+    pins = (ROOT / "tests/oldest.txt").read_text()
+    assert f"tensorflow=={tensorflow_oldest}.*" in pins
+    assert f"keras=={keras_oldest}.*" in pins
+    for page in ("README.md", "docs/index.md"):
+        text = " ".join((ROOT / page).read_text().split())
+        assert f"TensorFlow {tensorflow_oldest} or newer and Keras {keras_oldest} or newer" in text
 
 
 # What it shows

@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cumulative": {"momentum": None},
 }
 MODES = ["eager", "graph", "xla"]
-# Newer than Keras 3.8, the oldest that we promise.
+# Newer than Keras 3.10, the oldest that we promise.
 KERAS_HAS_RENORM = "renorm" in inspect.signature(keras.layers.BatchNormalization).parameters
 FACTORS: dict[str, list[Any]] = {
     "layout": LAYOUTS,
@@ -108,7 +108,7 @@ class Case:
     @property
     def mask_is_for_keras(self) -> bool:
         # Keras takes masks of one axis fewer than the input: the last one is out of its reach. In
-        # 3.8 it counts that axis as one position, which is right only if it holds the channels.
+        # 3.10 it counts that axis as one position, which is right only if it holds the channels.
         rank = len(self.input_shape)
         if self.mask and not KERAS_HAS_RENORM and self.layout[1] not in (-1, rank - 1):
             return False

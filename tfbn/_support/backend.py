@@ -1,25 +1,33 @@
-"""Keras must run on TensorFlow: checked before anything else has a chance to break."""
+"""Keras must run on TensorFlow, and both be new enough: checked before anything else can break."""
 
 import json
 import os
 import sys
 from pathlib import Path
 
+# The oldest that are tested. Before Keras 3.10, the metrics of several replicas were not added up.
+OLDEST = {"Keras": (3, 10), "TensorFlow": (2, 18)}
+
 
 def require_tensorflow() -> None:
-    """Refuses any Keras backend but TensorFlow, with the cure.
+    """Refuses any Keras backend but TensorFlow, and versions that are too old, with the cure.
 
     The choice is read before Keras is imported, since importing Keras fails when its backend is
     not installed, with an error that says nothing of tfbn.
 
     Raises:
-        ImportError: If Keras runs, or would run, on another backend.
+        ImportError: If Keras runs, or would run, on another backend, or if Keras or TensorFlow is
+            too old.
     """
     if "keras" not in sys.modules:
         _refuse_others(*_configured_backend())
     import keras
 
+    _refuse_older("Keras", keras.__version__)
     _refuse_others(keras.config.backend(), "as Keras was imported")
+    import tensorflow as tf
+
+    _refuse_older("TensorFlow", tf.__version__)
 
 
 def _configured_backend() -> tuple[str, str]:
@@ -50,4 +58,14 @@ def _refuse_others(backend: str, source: str) -> None:
             f"Received: backend {backend!r}, {source}. "
             "Choose TensorFlow before Keras is first imported: set the environment variable "
             'KERAS_BACKEND=tensorflow, or "backend": "tensorflow" in keras.json.'
+        )
+
+
+def _refuse_older(package: str, version: str) -> None:
+    oldest = OLDEST[package]
+    if tuple(int(number) for number in version.split(".")[:2]) < oldest:
+        needed = ".".join(map(str, oldest))
+        raise ImportError(
+            f"tfbn needs {package} {needed} or newer. Received: {package} {version}. "
+            f"Upgrade it: pip install --upgrade '{package.lower()}>={needed}'."
         )
