@@ -58,6 +58,15 @@ bench: $(VENV)/ready-bench ## measure against Keras and PyTorch
 docs: $(VENV)/ready-docs ## build the documentation into docs/_build/html: runs the guides, some minutes
 	$(python) -m sphinx --builder html --fail-on-warning --keep-going docs docs/_build/html
 
+.PHONY: dist
+dist: $(VENV)/ready-dist ## build sdist and wheel into dist/, check them, and try the wheel in an empty environment
+	rm -rf build dist
+	$(python) -m build
+	$(python) -m twine check --strict dist/*
+	$(python) -m venv build/empty
+	build/empty/bin/python -m pip install --quiet --no-input --disable-pip-version-check dist/*.whl
+	cd build/empty && bin/python -I ../../tests/harness/smoke.py
+
 .PHONY: lint
 lint: $(VENV)/ready ## check style and formatting
 	$(python) -m ruff check
@@ -76,7 +85,7 @@ format: $(VENV)/ready ## put the code into the style that lint asks for
 .PHONY: test-oldest
 test-oldest: ## run the tests with the oldest TensorFlow and Keras that we promise
 	$(MAKE) VENV=.venv-oldest PIP_CONSTRAINT=tests/oldest.txt .venv-oldest/ready
-	.venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
+	.venv-oldest/bin/python -m pytest -m "not slow" $(in_parallel) $(PYTEST_ARGS)
 
 .PHONY: clean
 clean: ## remove what the tools and the build left behind
@@ -103,6 +112,11 @@ $(VENV)/ready-bench: $(VENV)/ready
 $(VENV)/ready-docs: $(VENV)/ready
 	@echo "Installing what builds the documentation into $(VENV)."
 	$(pip_install) --editable '.[docs]'
+	@touch $@
+
+$(VENV)/ready-dist: $(VENV)/ready
+	@echo "Installing what builds and checks the package into $(VENV)."
+	$(pip_install) --editable '.[dist]'
 	@touch $@
 
 $(python):

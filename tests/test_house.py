@@ -181,6 +181,11 @@ def test_the_oldest_versions_are_the_same_wherever_they_are_said():
 # What it shows
 
 
+def test_a_citation_names_this_version():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {tfbn.__version__}\n" in citation
+
+
 def public_callables() -> list[tuple[str, object]]:
     """Every public name, and every public method that a class of ours does not owe to a base."""
     found = []

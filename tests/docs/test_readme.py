@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import runpy
 import shlex
 import tomllib
 from pathlib import Path
@@ -64,6 +65,36 @@ def test_the_links_of_the_readme_lead_somewhere():
     links = re.findall(r"\]\((?!\w+:)([^)#]+)", README)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.fixture
+def long_description():
+    """The function in hatch_build.py, which is no module of a package."""
+    pytest.importorskip("hatchling")
+    return runpy.run_path(str(ROOT / "hatch_build.py"))["long_description"]
+
+
+def test_the_package_index_shows_links_and_pictures_by_their_addresses(long_description):
+    text = long_description(README, "owner/name")
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(targets) == len(re.findall(r"\]\(", README))
+    for target in targets:
+        address = re.fullmatch(
+            r"https://(?:github\.com/owner/name/blob|raw\.githubusercontent\.com/owner/name)/HEAD/(.+)",
+            target,
+        )
+        assert address is not None, target
+        assert (ROOT / address[1].partition("#")[0]).is_file()
+    assert "![Test accuracy during training" in text
+
+
+def test_the_package_index_shows_neither_links_nor_pictures_where_the_address_is_unknown(
+    long_description,
+):
+    text = long_description(README, None)
+    assert "](" not in text
+    assert "Test accuracy during training" not in text
+    assert "All results, and the shapes on which it is slower, are on the page of numbers." in text
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
