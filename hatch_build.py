@@ -1,7 +1,7 @@
 """What the package index shows: the addresses of the project, and README.md with links that lead there.
 
-The tree does not know where it is hosted. Where the environment variable GITHUB_REPOSITORY names the repository (GitHub's
-own builds set it), links and pictures get absolute addresses; elsewhere links become text, and pictures are left out.
+The tree does not know where it is hosted. The environment variable GITHUB_REPOSITORY names the repository (GitHub's own
+builds set it), and links and pictures get absolute addresses. Without it, links become text, and pictures are left out.
 """
 
 import os
