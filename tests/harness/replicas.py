@@ -186,7 +186,7 @@ def started(devices: int, addresses: str = "", index: int = 0, kind: str = "CPU"
         task = {"type": "worker", "index": index}
         cluster = {"worker": addresses.split(",")}
         os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": task})
-    import tensorflow as tf
+    from quick_start import tf
 
     if addresses:
         return {len(cluster["worker"]): tf.distribute.MultiWorkerMirroredStrategy()}
