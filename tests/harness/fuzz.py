@@ -3,7 +3,9 @@
     python tests/harness/fuzz.py --count 10000 --seed 0    # or: make fuzz
 
 Each configuration follows from its own seed, which a failure prints; `--only SEED` runs that one alone. A result
-fails if it is further from the oracle than rounding explains and than Keras's layer is, where Keras has one.
+fails if it is further from the oracle than rounding explains and than Keras's layer is, where Keras has one. A
+result that is only within the drift of the fused kernel's sums, as `tfbn/_normalize/fused.py` documents it, is
+printed and counted on its own.
 """
 
 from __future__ import annotations
@@ -149,7 +151,8 @@ def scales(c: Configuration, wanted: dict[str, np.ndarray]) -> dict[str, Any]:
         "y": np.maximum(np.abs(wanted["y"]).max(over, keepdims=True), 0.1),
         "dx": np.maximum(np.abs(wanted["dx"]).max(over, keepdims=True), s * np.abs(c.dy).max()),
         "mean": np.abs(wanted["mean"]) + spread + 1e-30,
-        "variance": np.abs(wanted["variance"]) + 1e-30,
+        # The layer adds epsilon to it: what lies so far below does not show.
+        "variance": np.abs(wanted["variance"]) + 1e-6 * c.arguments["epsilon"],
     }
 
 
@@ -164,17 +167,22 @@ def conditioning(c: Configuration) -> float:
     return float(np.max(1 + np.abs(groups).max(over) / spread))
 
 
-def judge(c: Configuration) -> list[str]:
-    """What is wrong with the results of one configuration."""
+def judge(c: Configuration) -> tuple[list[str], bool]:
+    """What is wrong with the results of one configuration, and whether the drift of sums explains it all."""
     wanted = expected(c)
     ours = run(tfbn.BatchNormalization(c.axis, dtype=c.dtype, **c.arguments), c, c.mask)
     stock: dict[str, np.ndarray] = {}
-    if c.mask is None and not set(c.arguments) & {"virtual_batch_size"} and c.x.size:
-        arguments = {**c.arguments, "momentum": c.arguments["momentum"] or 0.0}
+    arguments = dict(c.arguments)
+    one_group = arguments.pop("virtual_batch_size", c.x.shape[0]) == c.x.shape[0]
+    if c.mask is None and one_group and c.x.size:
+        arguments["momentum"] = arguments["momentum"] or 0.0
         stock = run(keras.layers.BatchNormalization(c.axis, dtype=c.dtype, **arguments), c, None)
     scale = scales(c, wanted)
     wide = EPS["float64" if c.dtype == "float64" else "float32"]
-    wrong = []
+    wrong, explained = [], True
+    # What each value of a channel adds, at most, where the fused kernel adds float32.
+    summed = c.x.size // c.x.shape[c.axis] if c.x.size and c.dtype != "float64" else 0
+    drift = 1.2e-8 * summed * conditioning(c)
     for name, value in wanted.items():
         off = error(ours[name], value, scale[name])
         rounding = 4 * EPS[c.dtype] if name in ("y", "dx") else 0.0
@@ -182,7 +190,8 @@ def judge(c: Configuration) -> list[str]:
         keras_off = error(stock[name], value, scale[name]) if name in stock else 0.0
         if not off <= max(allowed, 2 * keras_off):
             wrong.append(f"{name} off by {off:.2g}, allowed {allowed:.2g}, Keras {keras_off:.2g}")
-    return wrong
+            explained &= off <= drift
+    return wrong, explained
 
 
 def main() -> int:
@@ -196,20 +205,30 @@ def main() -> int:
         if options.only is None
         else [options.only]
     )
-    failed = 0
+    failed = drifted = 0
     for number, seed in enumerate(seeds, 1):
         configuration = draw(seed)
         try:
-            wrong = judge(configuration)
+            wrong, explained = judge(configuration)
         except Exception as problem:
-            wrong = [f"{type(problem).__name__}: {str(problem)[-300:]}"]
+            wrong, explained = [f"{type(problem).__name__}: {str(problem)[-300:]}"], False
         if wrong:
-            failed += 1
-            print(configuration, *wrong, sep="\n  ", flush=True)
+            failed += not explained
+            drifted += explained
+            print(
+                "drift of sums:" if explained else "FAILED:",
+                configuration,
+                *wrong,
+                sep="\n  ",
+                flush=True,
+            )
         if number % 1000 == 0:
-            print(f"{number} configurations, {failed} failed", flush=True)
+            print(f"{number} configurations, {failed} failed, {drifted} drifted", flush=True)
             keras.backend.clear_session()
-    print(f"{len(seeds)} configurations from seed {seeds[0]}: {failed} failed")
+    print(
+        f"{len(seeds)} configurations from seed {seeds[0]}: {failed} failed, "
+        f"{drifted} within the drift of the fused kernel's sums"
+    )
     return min(failed, 1)
 
 

@@ -86,8 +86,12 @@ class BatchNorm:
         # The statistics of each group and channel. A channel without values counts as 0, 0.
         values = m.sum(over, keepdims=True)
         n = np.where(values > 0, values + (self.count_epsilon if mask is not None else 0.0), 1.0)
-        mean = np.where(m, z, 0.0).sum(over, keepdims=True) / n
-        centred = z - mean
+        # In two parts: the rounding of the sum would show where the mean dominates.
+        exact = np.where(values > 0, values, 1.0)
+        first = np.where(m, z, 0.0).sum(over, keepdims=True) / exact
+        rest = np.where(m, z - first, 0.0).sum(over, keepdims=True) / exact
+        mean = (first + rest) * (exact / n)
+        centred = (z - first) - rest + (first + rest) * (1 - exact / n)
         variance = np.where(m, centred**2, 0.0).sum(over, keepdims=True) / n
         stddev = np.sqrt(variance + self.epsilon)
         x_hat = centred / stddev

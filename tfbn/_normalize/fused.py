@@ -4,13 +4,14 @@ The kernel takes float32, float16 and bfloat16 activations with float32 paramete
 half-precision activations as they are, without a float32 copy.
 
 On a CPU the kernel (oneDNN's) adds float32 numbers one after the other. The rounding of such sums grows with
-the number of values n. For normal values, the mean was measured to be off by about (1e-7 + 1.1e-10 n) of its
-own size, and the variance by 1e-10 n; where half of the values of a channel are equal, as after a ReLU, the
-variance by up to 3e-9 n, about twice as much as in Keras's formula. So the moments are computed again, in
-pieces, where either shows:
+the number of values n. Measured, the mean was off by up to (1e-7 + 2e-8 √n) of its own size; where all values
+of a channel are almost equal, by 1.2e-8 n, because then every addition rounds the same way. The variance of
+normal values was off by 1e-10 n; where half of the values of a channel are equal, as after a ReLU, by up to
+3e-9 n, about twice as much as in Keras's formula. So the moments are computed again, in pieces, where this shows:
 
 - where the mean dominates: it is so much larger than the standard deviation that the rounding of the mean
-  exceeds `_TOLERANCE` of a standard deviation. (Not in half precision, where x itself has lost these digits.)
+  exceeds `_TOLERANCE` of a standard deviation, or `_TOLERANCE_OF_EQUALS` where all values are almost equal.
+  (Not in half precision, where x itself has lost these digits, and equal values are added exactly for longer.)
 - where there are many values, more than `MANY`.
 
 `in_pieces` then subtracts a mean (in float32), takes the moments of pieces of a few thousand values, merges them
@@ -37,8 +38,7 @@ DTYPES = (tf.float32, tf.float16, tf.bfloat16)
 MANY = 2**17  # values of a channel
 PIECE = 2**11
 _TOLERANCE = 1e-4
-_MEAN_ERROR = 1e-7
-_MEAN_ERROR_PER_VALUE = 1.1e-10
+_TOLERANCE_OF_EQUALS = 1e-6
 
 
 class Saved(NamedTuple):
@@ -255,9 +255,12 @@ def _rounding_shows(run: Run, n: tf.Tensor, epsilon: float) -> tf.Tensor | bool:
     many = n > MANY
     if run.x.dtype != run.mean.dtype:
         return many
-    limit = _TOLERANCE / (_MEAN_ERROR + _MEAN_ERROR_PER_VALUE * n)
-    dominates = abs(mean) > limit * (variance + epsilon) ** 0.5  # not squared: that may overflow
-    return many or dominates.any() if eager else many | tf.reduce_any(dominates)
+    size, stddev = abs(mean), (variance + epsilon) ** 0.5  # not squared: that may overflow
+    dominates = size * (1e-7 + 2e-8 * n**0.5) > _TOLERANCE * stddev
+    bias = size * 1.2e-8 * (n - 2)  # The sum of two values is rounded once.
+    equals = (variance**0.5 < 4 * bias) & (bias > _TOLERANCE_OF_EQUALS * stddev)
+    shows = dominates | equals
+    return many or shows.any() if eager else many | tf.reduce_any(shows)
 
 
 @functools.cache
