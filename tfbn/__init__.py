@@ -16,6 +16,7 @@ from tfbn._statistics.diagnose.finding import Finding
 from tfbn._statistics.diagnose.report import Diagnosis
 from tfbn._statistics.freeze import freeze, unfreeze
 from tfbn._statistics.layer_call import NotFiniteError
+from tfbn._statistics.monitor.monitor import StatisticsMonitor
 from tfbn._statistics.pause import pause_statistics
 from tfbn._statistics.recalibrate import RecalibrateAfterTraining, recalibrate
 from tfbn._statistics.recalibration import LayerChange, Recalibration
@@ -37,6 +38,7 @@ __all__ = [
     "NotFiniteError",
     "RecalibrateAfterTraining",
     "Recalibration",
+    "StatisticsMonitor",
     "StatisticsNotUpdatedError",
     "TrainingLoop",
     "convert",

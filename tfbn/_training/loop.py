@@ -296,6 +296,7 @@ class TrainingLoop:
             epochs=epochs,
             steps=steps,
             model=self.model,
+            accumulation_steps=self.accumulation_steps,  # A callback's `params` may tell it.
         )
 
 

@@ -55,6 +55,19 @@ class Cause:
     groups: tuple[str, ...] = ()
     last_resort: bool = False
 
+    def finding(self, sign: Sign, severity: str, cure: str) -> Finding:
+        """Returns what to say if the sign was found."""
+        return Finding(
+            severity=severity,
+            kind=self.kind,
+            layers=tuple(layer.layer for layer in sign.layers),
+            explanation=self.explanation.format_map(sign.words),
+            evidence=sign.numbers,
+            cure=cure,
+            advice=self.advice.format_map(sign.words),
+            experiment=self.experiment,
+        )
+
 
 def find(model: ModelEvidence, recalibrate: Callable[[bool], str]) -> tuple[Finding, ...]:
     """Returns all findings, the most severe first.
@@ -74,17 +87,12 @@ def find(model: ModelEvidence, recalibrate: Callable[[bool], str]) -> tuple[Find
             continue
         explained.update(cause.groups)
         cures = cause.recalibrate and model.recalibrating_helps is not False
-        severity = cause.severity
+        by_effect = cause.severity == "by effect"
         findings.append(
-            Finding(
-                severity=model.severity(sign.layers) if severity == "by effect" else severity,
-                kind=cause.kind,
-                layers=tuple(layer.layer for layer in sign.layers),
-                explanation=cause.explanation.format_map(sign.words),
-                evidence=sign.numbers,
+            cause.finding(
+                sign,
+                severity=model.severity(sign.layers) if by_effect else cause.severity,
                 cure=recalibrate(sign.includes_frozen) if cures else "",
-                advice=cause.advice.format_map(sign.words),
-                experiment=cause.experiment,
             )
         )
     return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))

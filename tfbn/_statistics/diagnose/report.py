@@ -120,7 +120,7 @@ class Diagnosis(Report):
         figure.savefig(path)
 
     def __str__(self) -> str:
-        parts = [_text(finding) for finding in self.findings]
+        parts = [finding_text(finding) for finding in self.findings]
         parts = parts or [f"No findings: {self._verdict()}."]
         title = f"Batch normalization layers. {self._extent()}"
         parts.append(tables.text(title, LAYER_HEADER, self._layer_rows()))
@@ -160,8 +160,8 @@ class Diagnosis(Report):
         return ["mode", *names], rows
 
 
-def _text(finding: Finding) -> str:
-    """A finding for the terminal. Code in the cure is not wrapped."""
+def finding_text(finding: Finding) -> str:
+    """Returns a finding for the terminal. Code in the cure is not wrapped."""
     wrap = functools.partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
     lines = wrap(_sentence(finding), WIDTH - 4)
     for label, text in _what_to_do(finding):

@@ -27,6 +27,7 @@ class Structure:
     """What the code of a model shows. All of these are names of layers.
 
     Attributes:
+        called: The model calls them in inference.
         forced: They run in training mode although the model is called with ``training=False``.
         ignored: They run in inference mode although the model is called with ``training=True``.
         overridden: They are inside a part of the model that is called with ``training=False``, and run in
@@ -36,6 +37,7 @@ class Structure:
         masked: They receive a mask.
     """
 
+    called: frozenset[str] = frozenset()
     forced: frozenset[str] = frozenset()
     ignored: frozenset[str] = frozenset()
     overridden: frozenset[str] = frozenset()
@@ -53,6 +55,7 @@ def structure_of(
     seen = _Trace(layers, noisy)
     seen.run(lambda batch: (forward or run_model)(model, batch), spec)
     found = {
+        "called": seen.called,
         "behind_noise": seen.behind_noise,
         "behind_rectifier": seen.behind_rectifier,
         "masked": seen.masked,
