@@ -1,7 +1,10 @@
 """What every test stands on: TensorFlow quiet, the same seed, each device there is."""
 
+import concurrent.futures
+import multiprocessing
 import os
 import random
+import subprocess
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -12,7 +15,7 @@ os.environ["MPLBACKEND"] = "agg"
 import quick_start  # noqa: F401
 
 # isort: split
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -20,6 +23,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+
+import serving
 
 # Tracing makes the first example slow, and the fixtures here are safe to share between examples.
 # The same examples every time: a failure on one machine is a failure on all.
@@ -133,3 +138,11 @@ def no_tensor_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     `test_kernels.py` tests where the line is, and the formula beyond it.
     """
     monkeypatch.setattr("tfbn._normalize.dispatch.SMALL", 0)
+
+
+@pytest.fixture(scope="session")
+def serve_alone() -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Runs examples/serve.py, each time in the same process, which has neither Keras nor tfbn."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
+        yield lambda *arguments: process.submit(serving.run, [*map(str, arguments)]).result(120)

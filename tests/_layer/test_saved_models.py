@@ -1,7 +1,6 @@
 """Models with the layer outlive the process that made them, and the version of tfbn that saved them."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -131,17 +130,11 @@ def test_the_golden_keras_file_predicts_as_when_it_was_saved(name):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_the_golden_saved_model_serves_as_when_it_was_saved_without_tfbn_and_keras(name):
-    done = subprocess.run(
-        [
-            *[sys.executable, "-P", str(ROOT / "examples" / "serve.py"), "--json"],
-            *[str(SAVED_MODELS / name), "--examples", str(SAVED_MODELS / f"{name}.npz")],
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def test_the_golden_saved_model_serves_as_when_it_was_saved_without_tfbn_and_keras(
+    serve_alone, name
+):
+    examples = SAVED_MODELS / f"{name}.npz"
+    done = serve_alone("--json", SAVED_MODELS / name, "--examples", examples)
     assert done.returncode == 0, done.stderr
     (report,) = json.loads(done.stdout).values()
     assert report["largest_difference"] < 1e-5

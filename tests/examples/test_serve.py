@@ -1,10 +1,6 @@
 """examples/serve.py: a prediction depends on its own example alone, with TensorFlow alone."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -13,20 +9,6 @@ import tensorflow as tf
 
 import tfbn
 from graphs import randomize
-
-SERVE = Path(__file__).parents[2] / "examples" / "serve.py"
-
-
-def serve(*arguments):
-    """Runs it in a process of its own: it makes Keras and tfbn unavailable."""
-    return subprocess.run(
-        [sys.executable, "-P", str(SERVE), *map(str, arguments)],
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +27,9 @@ def exported(tmp_path_factory):
     return folder
 
 
-def test_l7_a_prediction_is_the_same_alone_and_in_any_batch_as_is_and_folded(exported):
+def test_l7_a_prediction_is_the_same_alone_and_in_any_batch_as_is_and_folded(serve_alone, exported):
     paths = [exported / "unfolded", exported / "folded"]
-    done = serve("--json", *paths)
+    done = serve_alone("--json", *paths)
     assert done.returncode == 0, done.stderr
     reports = json.loads(done.stdout)
     assert list(reports) == [str(path) for path in paths]
@@ -59,7 +41,7 @@ def test_l7_a_prediction_is_the_same_alone_and_in_any_batch_as_is_and_folded(exp
         assert 0 < times["q1"] <= times["median"] <= times["q3"]
 
 
-def test_l7_statistics_of_the_batch_itself_are_found_out(exported, tmp_path):
+def test_l7_statistics_of_the_batch_itself_are_found_out(serve_alone, exported, tmp_path):
     """What a network would answer at test time if it normalized as in training."""
 
     @tf.function(input_signature=[tf.TensorSpec((None, 6, 6, 2))])
@@ -69,17 +51,17 @@ def test_l7_statistics_of_the_batch_itself_are_found_out(exported, tmp_path):
         return {"y": tf.matmul(pooled, tf.ones((2, 3)))}
 
     tf.saved_model.save(tf.Module(), str(tmp_path), {"serving_default": by_its_own_batch})
-    done = serve(tmp_path, "--examples", exported / "served_examples.npz")
+    done = serve_alone(tmp_path, "--examples", exported / "served_examples.npz")
     assert done.returncode == 1
     assert "A prediction DEPENDS on its batch" in done.stdout
 
 
-def test_predictions_that_are_not_those_of_the_model_are_found_out(exported, tmp_path):
+def test_predictions_that_are_not_those_of_the_model_are_found_out(serve_alone, exported, tmp_path):
     with np.load(exported / "served_examples.npz") as file:
         examples = dict(file)
     inputs = examples["inputs"].astype("float64")  # The signature takes float32.
     np.savez(tmp_path / "other.npz", inputs=inputs, outputs=examples["outputs"] + 0.1)
-    done = serve(exported / "folded", "--examples", tmp_path / "other.npz")
+    done = serve_alone(exported / "folded", "--examples", tmp_path / "other.npz")
     assert done.returncode == 1
     assert (
         "270 predictions DIFFER from those of the model: largest difference 1.0e-01" in done.stdout
@@ -87,15 +69,15 @@ def test_predictions_that_are_not_those_of_the_model_are_found_out(exported, tmp
     assert "A prediction does not depend on its batch" in done.stdout
 
 
-def test_a_place_without_a_saved_model_is_named():
-    done = serve("nowhere")
+def test_a_place_without_a_saved_model_is_named(serve_alone):
+    done = serve_alone("nowhere")
     assert done.returncode == 2
     assert "no SavedModel is there. Received: nowhere." in done.stderr
 
 
-def test_examples_that_are_none_are_named(exported, tmp_path):
+def test_examples_that_are_none_are_named(serve_alone, exported, tmp_path):
     np.savez(tmp_path / "other.npz", inputs=np.ones((2, 6, 6, 2)), outputs=np.ones((1, 3)))
-    done = serve(exported / "folded", "--examples", tmp_path / "other.npz")
+    done = serve_alone(exported / "folded", "--examples", tmp_path / "other.npz")
     assert done.returncode == 1
     assert "must be as many, and one at least. Received" in done.stderr
     assert "2 and 1" in done.stderr
