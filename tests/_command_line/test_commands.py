@@ -52,6 +52,24 @@ def test_inspect_lists_the_layers(path, capsys):
     assert (second["momentum"], second["state"]) == (0.9, "updated")
 
 
+@pytest.mark.parametrize(
+    ("command", "title"),
+    [
+        (["inspect", "model"], "small: 2 batch normalization layers"),
+        (["diagnose", "model", "data"], "Batch normalization: "),
+        (["recalibrate", "model", "data", "--output", "output"], "Recalibration"),
+        (["fold", "model", "output"], "Folded batch normalization"),
+    ],
+)
+def test_a_command_can_write_its_report_as_a_page(command, title, path, data, tmp_path, capsys):
+    files = {"model": path, "data": data, "output": tmp_path / "output.keras"}
+    page = tmp_path / "report.html"
+    _, out, err = run(capsys, *(files.get(word, word) for word in command), "--html", page)
+    assert not err
+    assert out.endswith(f"written: {page}\n")
+    assert f"<h1>{title}" in page.read_text(encoding="utf-8")
+
+
 def test_inspect_tells_states_apart(tmp_path, capsys):
     x = keras.Input((4,))
     names = ["fresh", "frozen", "broken"]

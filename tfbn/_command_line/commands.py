@@ -16,6 +16,7 @@ from tfbn._shipping.fold.fold import fold as fold_model
 from tfbn._statistics.diagnose.diagnose import diagnose as diagnose_model
 from tfbn._statistics.inspect import Inspection
 from tfbn._statistics.recalibrate import recalibrate as recalibrate_model
+from tfbn._support.reports import Report
 
 HEALTHY, FINDINGS, ERROR = 0, 1, 2
 
@@ -23,7 +24,7 @@ HEALTHY, FINDINGS, ERROR = 0, 1, 2
 def inspect(options: argparse.Namespace) -> int:
     """Lists the batch normalization layers."""
     inspection = Inspection.of(_load(options))
-    _print(options, inspection.to_dict(), str(inspection))
+    _print(options, inspection, str(inspection))
     return HEALTHY
 
 
@@ -40,7 +41,7 @@ def diagnose(options: argparse.Namespace) -> int:
             "\n\nTo recalibrate the model in the file:\n"
             f"    {options.prog} recalibrate {options.model} {options.data} --output recalibrated.keras"
         )
-    _print(options, diagnosis.to_dict(), text)
+    _print(options, diagnosis, text)
     return FINDINGS if diagnosis else HEALTHY
 
 
@@ -58,7 +59,7 @@ def recalibrate(options: argparse.Namespace) -> int:
         include_frozen=options.include_frozen,
     )
     _write(options, model)
-    _print(options, result.to_dict(), f"{result}\nwritten: {options.output}")
+    _print(options, result, f"{result}\nwritten: {options.output}")
     return HEALTHY
 
 
@@ -69,7 +70,7 @@ def convert(options: argparse.Namespace) -> int:
     model = convert_model(_load(options, compiled=True), to=to, synchronized=options.synchronized)
     _write(options, model)
     inspection = Inspection.of(model)
-    _print(options, inspection.to_dict(), f"{inspection}\nwritten: {options.output}")
+    _print(options, inspection, f"{inspection}\nwritten: {options.output}")
     return HEALTHY
 
 
@@ -78,7 +79,7 @@ def fold(options: argparse.Namespace) -> int:
     files.require_output(options.output, options.overwrite)
     model = fold_model(_load(options), _inputs(options), tolerance=options.tolerance)
     _write(options, model)
-    _print(options, model.report.to_dict(), f"{model.report}\nwritten: {options.output}")
+    _print(options, model.report, f"{model.report}\nwritten: {options.output}")
     return HEALTHY
 
 
@@ -95,12 +96,15 @@ def export(options: argparse.Namespace) -> int:
         inputs=_inputs(options),
         tolerance=options.tolerance,
     )
-    _print(options, exported.to_dict(), str(exported))
+    _print(options, exported, str(exported))
     return HEALTHY
 
 
-def _print(options: argparse.Namespace, data: Any, text: str) -> None:
-    print(json.dumps(data, indent=2, allow_nan=False) if options.json else text)
+def _print(options: argparse.Namespace, report: Report, text: str) -> None:
+    if options.html is not None:
+        report.to_html(options.html)
+        text += f"\nwritten: {options.html}"
+    print(json.dumps(report.to_dict(), indent=2, allow_nan=False) if options.json else text)
 
 
 def _load(options: argparse.Namespace, *, compiled: bool = False) -> keras.Model:

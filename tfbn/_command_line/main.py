@@ -20,6 +20,7 @@ EPILOG = """\
 examples:
   %(prog)s inspect model.keras
   %(prog)s diagnose model.keras train.npz --steps 50
+  %(prog)s diagnose model.keras train.npz --html report.html
   %(prog)s recalibrate model.keras train.npz --output recalibrated.keras
   %(prog)s convert model.keras ours.keras --synchronized
   %(prog)s convert ours.keras stock.keras --to keras
@@ -79,6 +80,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         sub.add_argument("model", type=Path, metavar="MODEL.keras", help="a saved Keras model")
         sub.add_argument("--json", action="store_true", help="print JSON")
+        sub.add_argument(
+            "--html", type=Path, metavar="FILE", help="also write the report to one HTML file"
+        )
         sub.add_argument(
             "--import",
             action="append",

@@ -20,6 +20,7 @@ from tfbn._shipping.atomic_directory import atomic_directory
 from tfbn._shipping.fold.fold import fold as fold_model
 from tfbn._shipping.fold.report import FoldReport
 from tfbn._shipping.fold.trace import TraceError
+from tfbn._support import html
 from tfbn._support.reports import Report, plain
 
 SIGNATURE = "serving_default"
@@ -122,14 +123,20 @@ class Exported(Report):
             }
         )
 
+    def _page(self) -> tuple[str, list[str]]:
+        _, parts = ("", []) if self.folded is None else self.folded._page()
+        return "Exported model", [*(html.paragraph(text) for text in self._written()), *parts]
+
     def __str__(self) -> str:
         parts = [] if self.folded is None else [str(self.folded)]
-        parts += [
+        return "\n".join([*parts, *self._written()])
+
+    def _written(self) -> list[str]:
+        return [
             f"loaded again: outputs differ by at most {self.difference:.1e}",
             f"written: {self.path}",
             f"model card: {self.card}",
         ]
-        return "\n".join(parts)
 
 
 def write_saved_model(

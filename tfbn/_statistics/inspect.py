@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from tfbn._models.walk import BatchNormLayer, batch_norm_layers, name_of, statistics_are_frozen
-from tfbn._support import tables
+from tfbn._support import html, tables
 from tfbn._support.reports import Report, count, plain
 
 HEADER = ("layer", "package", "state", "channels", "moving mean", "moving variance", "γ")
@@ -98,6 +98,15 @@ class Inspection(Report):
 
     def __str__(self) -> str:
         return tables.text(self._title(), HEADER, self._rows()) if self.layers else self._title()
+
+    def _page(self) -> tuple[str, list[str]]:
+        states = [layer.state for layer in self.layers]
+        legend = sorted(set(states), key=lambda state: ("updated" not in state, "not" in state))
+        names = [f"{layer.layer}: {layer.state}" for layer in self.layers]
+        bars = {3: [float(layer.channels) for layer in self.layers]}
+        numeric = [False, False, False, True, True, True, True]
+        parts = [html.squares(states, names, legend)] if 0 < len(legend) <= 4 else []
+        return self._title(), [*parts, html.table(HEADER, self._rows(), numeric, bars)]
 
     def _title(self) -> str:
         return f"{self.model}: {count(len(self.layers), 'batch normalization layer')}"

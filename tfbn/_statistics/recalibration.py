@@ -1,10 +1,11 @@
 """What a recalibration reports."""
 
 import dataclasses
+import math
 from typing import Any
 
 from tfbn._statistics.measure import CacheUse
-from tfbn._support import tables
+from tfbn._support import html, tables
 from tfbn._support.reports import Report, count, plain
 
 HEADER = ("layer", "outcome", "calls", "values", "mean moved by", "variance times")
@@ -65,6 +66,20 @@ class Recalibration(Report):
 
     def __str__(self) -> str:
         return tables.text(self._title(), HEADER, self._rows())
+
+    def _page(self) -> tuple[str, list[str]]:
+        bars = {
+            4: [change.mean_shift for change in self.layers],
+            5: [abs(math.log(change.variance_ratio or math.inf)) for change in self.layers],
+        }
+        note = "Bars: how far the mean moved, and the logarithm of the variance's ratio, in either direction."
+        numeric = [False, False, True, True, True, True]
+        parts = [
+            html.paragraph(self._title() + ".", "soft"),
+            html.table(HEADER, self._rows(), numeric, bars),
+            html.paragraph(note, "soft"),
+        ]
+        return "Recalibration", parts
 
     def _title(self) -> str:
         return (

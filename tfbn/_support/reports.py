@@ -1,15 +1,18 @@
 """What every report of a tool has in common: text, Markdown, a notebook cell, and JSON."""
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
+
+from tfbn._support import html
 
 
 class Report:
     """A result that shows itself.
 
-    A subclass defines `__str__` for the terminal, `to_markdown` for notebooks and documents, and
-    `to_dict` for programs. A notebook calls `_repr_markdown_`.
+    A subclass defines `__str__` for the terminal, `to_markdown` for notebooks and documents, `to_dict` for
+    programs, and `_page` for `to_html`. A notebook calls `_repr_markdown_`.
     """
 
     def to_markdown(self) -> str:
@@ -18,6 +21,18 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report in plain types that JSON can represent."""
+        raise NotImplementedError
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes the report to one HTML file, with pictures. It needs no other file, and no network.
+
+        Args:
+            path: The file to write.
+        """
+        html.write(path, *self._page())
+
+    def _page(self) -> tuple[str, list[str]]:
+        """Returns the title of the page, and what it contains, as HTML."""
         raise NotImplementedError
 
     def _repr_markdown_(self) -> str:

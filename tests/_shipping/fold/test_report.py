@@ -61,3 +61,12 @@ def test_the_report_is_json_where_nothing_was_to_be_compared():
     report = tfbn.fold(mixed(), tolerance=float("inf")).report
     assert report.to_dict()["tolerance"] is None
     json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_a_page_shows_what_became_of_each_layer(tmp_path):
+    report = tfbn.fold(mixed()).report
+    report.to_html(tmp_path / "fold.html")
+    text = (tmp_path / "fold.html").read_text(encoding="utf-8")
+    assert "folded into the preceding layer: 1" in text
+    assert "multiply-add: 1" in text
+    assert "&#x27;relu&#x27; (ReLU) is not linear" in text

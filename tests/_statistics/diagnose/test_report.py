@@ -77,3 +77,24 @@ def test_without_findings_it_says_so(model):
     diagnosis = tfbn.diagnose(model, IMAGES)
     assert not diagnosis
     assert str(diagnosis).startswith("No findings: the moving statistics match the data.")
+
+
+def test_a_page_shows_findings_pictures_and_the_cure_as_code(model, tmp_path):
+    path = tmp_path / "diagnosis.html"
+    diagnosis = tfbn.diagnose(model, IMAGES)
+    diagnosis.to_html(path)
+    text = path.read_text(encoding="utf-8")
+    (finding,) = diagnosis.findings
+    assert "<h1>Batch normalization: 1 finding</h1>" in text
+    assert f"<pre><code>{finding.cure}</code></pre>" in text
+    assert text.count("<svg") == 2 * len(finding.layers) == 4
+    assert text.count("<circle") == 2 * (6 + 8)  # mean and variance of each channel
+
+
+def test_the_page_of_a_healthy_model_says_so(model, tmp_path):
+    path = tmp_path / "diagnosis.html"
+    tfbn.recalibrate(model, IMAGES)
+    tfbn.diagnose(model, IMAGES).to_html(path)
+    text = path.read_text(encoding="utf-8")
+    assert "<h1>Batch normalization: no findings</h1>" in text
+    assert "<svg" not in text

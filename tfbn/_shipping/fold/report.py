@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tfbn._support import tables
+from tfbn._support import html, tables
 from tfbn._support.reports import Report, plain
 
 
@@ -86,6 +86,18 @@ class FoldReport(Report):
     def to_markdown(self) -> str:
         """Returns the summary and the table as Markdown."""
         return f"{self.summary()}\n\n{tables.markdown(_HEADER, self._cells())}\n"
+
+    def _page(self) -> tuple[str, list[str]]:
+        kinds = [row.outcome.value for row in self.rows]
+        titles = [f"{row.path}: {row.into or row.reason or row.outcome.value}" for row in self.rows]
+        left = [row in self.left for row in self.rows]
+        parts = [
+            html.paragraph(self.summary()),
+            html.squares(kinds, titles, [outcome.value for outcome in Outcome]),
+            html.heading("Layers, in order"),
+            html.table(_HEADER, self._cells(), [False] * 3, marked=left),
+        ]
+        return "Folded batch normalization", parts
 
     def summary(self) -> str:
         """Returns how many calls had which outcome, and the difference, in a sentence."""

@@ -19,7 +19,7 @@ from tfbn._statistics.diagnose.held_out import SplitReader
 from tfbn._statistics.diagnose.losses import Losses, has_loss
 from tfbn._statistics.diagnose.model_evidence import MEAN_SHIFT, ModelEvidence
 from tfbn._statistics.diagnose.not_finite import trace_not_finite
-from tfbn._statistics.diagnose.report import Diagnosis
+from tfbn._statistics.diagnose.report import ChannelStatistics, Diagnosis
 from tfbn._statistics.diagnose.structure import structure_of
 from tfbn._statistics.layer_call import NotFiniteError
 from tfbn._statistics.measure import StatisticsPasses
@@ -132,6 +132,7 @@ def diagnose(
         passes=passes.passes,
         batches=reader.batches,
         examples=reader.examples,
+        channels={name: ChannelStatistics.of(one) for name, one in comparisons.items()},
     )
     if verbose:
         print(diagnosis)

@@ -5,13 +5,16 @@ import functools
 import math
 import os
 import textwrap
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from tfbn._statistics.diagnose.comparison import Comparison
 from tfbn._statistics.diagnose.evidence import LayerEvidence
 from tfbn._statistics.diagnose.finding import Finding
 from tfbn._statistics.diagnose.model_evidence import LOG_VARIANCE_RATIO, MEAN_SHIFT
-from tfbn._support import tables
+from tfbn._support import html, tables
 from tfbn._support.reports import Report, count, plain
 
 LAYER_HEADER = (
@@ -25,6 +28,29 @@ LAYER_HEADER = (
 )
 WIDTH = 80
 """The width of printed text, except for tables and code."""
+MOST_PICTURES = 12
+"""For how many layers a page shows the channels."""
+
+
+class ChannelStatistics(NamedTuple):
+    """What the picture of a layer shows: a value for each channel."""
+
+    moving_mean: Sequence[float]
+    true_mean: Sequence[float]
+    moving_variance: Sequence[float]
+    true_variance: Sequence[float]
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> "ChannelStatistics":
+        """Returns means in standard deviations of the data, and variances."""
+        sigma = np.sqrt(comparison.true_variance + comparison.layer.epsilon)
+        arrays = (
+            comparison.mean / sigma,
+            comparison.true_mean / sigma,
+            comparison.variance,
+            comparison.true_variance,
+        )
+        return cls(*(array.tolist() for array in arrays))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +67,7 @@ class Diagnosis(Report):
         passes: How many passes over the data it took.
         batches: The number of batches in a pass.
         examples: The number of examples in a pass.
+        channels: For pictures: the moving and the true statistics of each channel, by layer.
     """
 
     findings: tuple[Finding, ...]
@@ -49,6 +76,9 @@ class Diagnosis(Report):
     passes: int
     batches: int
     examples: int
+    channels: Mapping[str, ChannelStatistics] = dataclasses.field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def __bool__(self) -> bool:
         return bool(self.findings)
@@ -74,6 +104,41 @@ class Diagnosis(Report):
         if self.modes:
             parts.append(tables.markdown(*self._mode_table()))
         return "\n\n".join(parts) + "\n"
+
+    def _page(self) -> tuple[str, list[str]]:
+        parts = [html.paragraph(f"{self._extent()}.", "soft")]
+        parts += [_box(finding) for finding in self.findings]
+        if not self.findings:
+            parts.append(html.box("No findings", [html.paragraph(f"{self._verdict()}.")], "good"))
+        if self.modes:
+            header, rows = self._mode_table()
+            losses = [values["loss"] for values in self.modes.values() if "loss" in values]
+            lowest = min([0.0, *losses])
+            bars = {1: [loss - lowest for loss in losses]} if losses else {}
+            parts.append(html.heading("Loss and metrics on batches set aside, by statistics"))
+            numeric = [False, *[True] * (len(header) - 1)]
+            parts.append(html.table(header, rows, numeric, bars))
+        parts.append(html.heading("Layers"))
+        named = {name for finding in self.findings for name in finding.layers}
+        layers, ratio = self.layers, [abs(layer.log_variance_ratio) for layer in self.layers]
+        bars = {3: [layer.mean_shift for layer in layers], 4: ratio}
+        numeric = [False, False, True, True, True, True, False]
+        marked = [layer.layer in named for layer in layers]
+        parts.append(html.table(LAYER_HEADER, self._layer_rows(), numeric, bars, marked))
+        furthest = sorted(
+            (layer for layer in layers if layer.layer in named & self.channels.keys()),
+            key=lambda layer: layer.mean_shift + layer.log_variance_ratio_rms,
+        )
+        shown = [layer.layer for layer in layers if layer in furthest[-MOST_PICTURES:]]
+        if shown:
+            parts.append(html.heading("Layers in trouble, channel by channel"))
+            note = "One dot for each channel. On the dashed line, the moving statistics are those of the data."
+            if len(shown) < len(furthest):
+                note += f" These are the {len(shown)} layers that are furthest off."
+            parts.append(html.paragraph(note, "soft"))
+        parts += [html.box(name, [_picture(self.channels[name])]) for name in shown]
+        title = count(len(self.findings), "finding") if self.findings else "No findings"
+        return f"Batch normalization: {title.lower()}", parts
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws how far each layer's moving statistics are off, beside the noise of its batches.
@@ -172,6 +237,30 @@ def finding_text(finding: Finding) -> str:
     return "\n    ".join([head, *lines])
 
 
+def _box(finding: Finding) -> str:
+    parts = [html.paragraph(finding.explanation)]
+    if finding.evidence:
+        parts.append(html.paragraph(_numbers(finding), "soft"))
+    parts += [
+        html.labelled(label.capitalize(), text, code=label == "cure")
+        for label, text in _what_to_do(finding)
+    ]
+    head = f"{finding.severity.capitalize()}: {finding.kind} ({_concerned(finding)})"
+    return html.box(head, parts, finding.severity)
+
+
+def _picture(channels: ChannelStatistics) -> str:
+    mean, true_mean, variance, true_variance = channels
+    return html.plots(
+        [
+            html.scatter(true_mean, mean, "mean of the data (σ)", "moving mean (σ)"),
+            html.scatter(
+                true_variance, variance, "variance of the data", "moving variance", log=True
+            ),
+        ]
+    )
+
+
 def _markdown(finding: Finding) -> str:
     head = f"- **{finding.severity}, {finding.kind}** ({_concerned(finding)}): {_sentence(finding)}"
     lines = [
@@ -196,5 +285,9 @@ def _concerned(finding: Finding) -> str:
 
 
 def _sentence(finding: Finding) -> str:
-    numbers = "; ".join(f"{name} {value:.3g}" for name, value in finding.evidence.items())
+    numbers = _numbers(finding)
     return f"{finding.explanation} {numbers}." if numbers else finding.explanation
+
+
+def _numbers(finding: Finding) -> str:
+    return "; ".join(f"{name} {value:.3g}" for name, value in finding.evidence.items())
