@@ -6,9 +6,10 @@ around zero are never subtracted from each other.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 
@@ -191,21 +192,19 @@ def median_of_three(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     A shift far from the values would cost the digits that it should save.
     """
     reduced = reduced_axes(x.shape.rank, axes)
+    is_reduced = np.array([axis in reduced for axis in range(x.shape.rank)], np.int32)
+    known = x.shape.is_fully_defined()
+    shape, library = (np.array(x.shape, np.int32), np) if known else (tf.shape(x), tf)
+    # One value of each channel; none if there are none.
+    size = library.minimum(shape, np.where(is_reduced, 1, np.iinfo(np.int32).max).astype(np.int32))
 
-    def at(place: Callable[[int | tf.Tensor], int | tf.Tensor]) -> tf.Tensor:
-        slices = [slice(None)] * x.shape.rank
-        for axis in reduced:
-            size = x.shape[axis]
-            start = place(tf.shape(x)[axis] if size is None else size)
-            slices[axis] = slice(start, start + 1)
-        return tf.reduce_sum(x[tuple(slices)], reduced)
+    def at(place: Any) -> tf.Tensor:
+        values = tf.reduce_sum(tf.slice(x, place * is_reduced, size), reduced)
+        values.set_shape([x.shape[axis] for axis in axes])
+        return values
 
-    a, b, c = at(lambda size: 0 * size), at(lambda size: size // 2), at(_last)
+    a, b, c = at(0 * is_reduced), at(shape // 2), at(library.maximum(shape - 1, 0))
     return tf.maximum(tf.minimum(a, b), tf.minimum(tf.maximum(a, b), c))
-
-
-def _last(size: int | tf.Tensor) -> int | tf.Tensor:
-    return tf.maximum(size - 1, 0) if tf.is_tensor(size) else max(size - 1, 0)
 
 
 def zero_where_empty(values: tf.Tensor, counted: tf.Tensor) -> tf.Tensor:

@@ -9,6 +9,7 @@ If it does not fit into the cache, the next level starts from the last cut that 
 With ``upstream="batch"``, each layer normalizes by the statistics of the batch, and all of it runs at once.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -25,7 +26,7 @@ from tfbn._models.walk import BatchNormLayer, name_of, strategy_of
 from tfbn._statistics.checkpoint import Batch, Checkpoint
 from tfbn._statistics.cut_graph import DATA
 from tfbn._statistics.layer_call import LayerCall, normalize_by_batch
-from tfbn._statistics.packed_moments import SPEC, merge_packed, unpack
+from tfbn._statistics.packed_moments import Merger, unpack
 from tfbn._statistics.tensor_cache import CacheFullError, TensorCache, in_bytes
 from tfbn._statistics.traced_model import Forward, Summary, TracedModel, flat, replica_number
 from tfbn._support.reports import count
@@ -55,6 +56,10 @@ class CacheUse:
         if self.recomputed:
             parts.append(f"; {count(self.recomputed, 'level')} not kept: {self.reason}")
         return "".join(parts)
+
+
+Totals = collections.defaultdict[int, Merger]
+"""The moments of all batches, by the number of the replica."""
 
 
 class StatisticsPasses:
@@ -105,7 +110,6 @@ class StatisticsPasses:
         self._cache = TensorCache() if cache is None else cache
         self._prior = prior
         self._traced: dict[Any, TracedModel] = {}
-        self._merge = tf.function(merge_packed, input_signature=[SPEC, SPEC], autograph=False)
         self.forward = forward
         self.strategy = strategy_of(model)
         self.passes = 0
@@ -185,7 +189,7 @@ class StatisticsPasses:
             yield Batch(traced, reader.size(batch), parts)
 
     def _measure_by_batch(self, reader: MultiPassReader) -> None:
-        totals: dict[int, tf.Tensor] = {}
+        totals: Totals = collections.defaultdict(Merger)
         steps: dict[TracedModel, Any] = {}
         self.passes = 1
         for batch, spec in reader.read(0):
@@ -193,7 +197,8 @@ class StatisticsPasses:
             if traced not in steps:
                 steps[traced] = traced.batch_step(self.calls, self._summaries)
             moments = self.strategy.experimental_local_results(steps[traced](batch))
-            self._add(totals, dict(zip(traced.graphs, moments, strict=True)))
+            for replica, part in zip(traced.graphs, moments, strict=True):
+                totals[replica].add(part)
         self._finish(self.calls, totals)
 
     def _measure_level(
@@ -207,18 +212,18 @@ class StatisticsPasses:
         start = DATA if source is None else source.level
         keeping = level < self.levels - 1 and self._cache.kind != "none"
         kept = Checkpoint(self._cache, level)
-        totals: dict[int, tf.Tensor] = {}
+        totals: Totals = collections.defaultdict(Merger)
 
         @functools.cache
         def segments(traced: TracedModel) -> dict[int, Any]:
             return traced.segments(start, level, self.calls, self._summaries, keeping)
 
         for number, batch in enumerate(self._read(reader) if source is None else source):
-            crossing, moments = {}, {}
+            crossing: dict[int, list[tf.Tensor]] = {}
             for replica, segment in segments(batch.traced).items():
                 with tf.device(batch.traced.devices[replica]):
-                    *crossing[replica], moments[replica] = segment(*batch.parts[replica])
-            self._add(totals, moments)
+                    *crossing[replica], moments = segment(*batch.parts[replica])
+                totals[replica].add(moments)
             if source is not None:
                 reader.tick()
             if not keeping:
@@ -247,19 +252,15 @@ class StatisticsPasses:
             reason=self.cache_use.reason or reason,
         )
 
-    def _add(self, totals: dict[int, tf.Tensor], moments: dict[int, tf.Tensor]) -> None:
-        """Adds the packed moments of a batch on each replica."""
-        for replica, new in moments.items():
-            totals[replica] = self._merge(totals[replica], new) if replica in totals else new
-
-    def _finish(self, calls: Sequence[LayerCall], totals: dict[int, tf.Tensor]) -> None:
+    def _finish(self, calls: Sequence[LayerCall], totals: Totals) -> None:
         """Merges the moments of all replicas, and tells the calls."""
         with self.strategy.scope():
-            here = self.strategy.run(lambda: totals[replica_number()][tf.newaxis])
-            parts = tf.unstack(self.strategy.gather(here, axis=0))
-            total = functools.reduce(merge_packed, parts)
+            here = self.strategy.run(lambda: totals[replica_number()].total()[tf.newaxis])
+            of_all = Merger()
+            for part in tf.unstack(self.strategy.gather(here, axis=0)):
+                of_all.add(part)
             each = 1 + len(self._summaries)
             shapes = [call.layer.moving_mean.shape for call in calls for _ in range(each)]
-            found = iter(unpack(total, shapes))
+            found = iter(unpack(of_all.total(), shapes))
             for call in calls:
                 call.set_moments(list(itertools.islice(found, each)), self.weight)

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn._models.walk import BatchNormLayer, name_of, statistics_are_frozen
-from tfbn._moments.moments import Moments, reduced_axes, statistics_dtype
+from tfbn._moments.moments import Moments, count, reduced_axes, statistics_dtype
 from tfbn._statistics.diagnose.comparison import Comparison
 from tfbn._statistics.diagnose.explanations import best_batch_size, best_initial_weight
 from tfbn._statistics.layer_call import LayerCall, merge_calls, values
@@ -99,15 +99,15 @@ def per_example_mean(
 ) -> Moments:
     """Returns the mean of each example as a single value. Pooled: the spread of the examples' means."""
     x = tf.cast(x, statistics_dtype(x.dtype))
-    within = [axis for axis in reduced_axes(x.shape.rank, axes) if axis]
+    reduced = reduced_axes(x.shape.rank, axes)
+    within = [axis for axis in reduced if axis]
     if mask is None:
-        means, some = tf.reduce_mean(x, within, keepdims=True), None
-    else:
-        kept = tf.cast(tf.broadcast_to(mask, tf.shape(x)), x.dtype)
-        counts = tf.reduce_sum(kept, within, keepdims=True)
-        means = tf.math.divide_no_nan(tf.reduce_sum(x * kept, within, keepdims=True), counts)
-        some = counts > 0
-    return values(means, axes, some)
+        means = tf.cast(tf.reduce_mean(x, within, keepdims=True), tf.float64)
+        return Moments(count(means, axes), *tf.nn.moments(means, reduced))
+    kept = tf.cast(tf.broadcast_to(mask, tf.shape(x)), x.dtype)
+    counts = tf.reduce_sum(kept, within, keepdims=True)
+    means = tf.math.divide_no_nan(tf.reduce_sum(x * kept, within, keepdims=True), counts)
+    return values(means, axes, counts > 0)
 
 
 SUMMARIES = (per_batch_mean, per_example_mean)
@@ -150,14 +150,14 @@ def of_inputs(
     """
     evidence = of_weights(layer, len(calls))
     inputs, batch_means, example_means = (merge_calls(calls, number) for number in range(3))
-    count, true_mean, true_variance = inputs
+    counts, true_mean, true_variance = inputs
     constant = true_variance <= CONSTANT * (1e-6 + np.square(true_mean))
-    live = (count > 0) & ~constant
+    live = (counts > 0) & ~constant
     evidence = dataclasses.replace(
         evidence,
         level=max(call.level for call in calls),
-        values_per_batch=float(np.mean(count)) / batches / len(calls),
-        constant=int(np.sum(constant & (count > 0))),
+        values_per_batch=float(np.mean(counts)) / batches / len(calls),
+        constant=int(np.sum(constant & (counts > 0))),
         calls_apart=_calls_apart(calls),
     )
     if evidence.not_finite or evidence.negative or not live.any():
