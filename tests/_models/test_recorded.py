@@ -177,6 +177,30 @@ def test_layers_that_cannot_survive_are_named_before_convert_returns():
     assert {type(layer) for layer in norms(ours)} == {tfbn.BatchNormalization}
 
 
+class InCall(Block):
+    def call(self, x: Any) -> Any:
+        return super(self.__class__, self).call(x)
+
+
+class InConfig(Block):
+    def get_config(self) -> dict[str, Any]:
+        return super(self.__class__, self).get_config()
+
+
+@pytest.mark.parametrize("kind", [InCall, InConfig])
+def test_a_class_that_no_subclass_can_extend_keeps_its_class_and_is_named(kind):
+    """In a subclass, `super(self.__class__, self)` finds the same method again, without end."""
+    model = functional(kind(name="old"))
+    with pytest.warns(
+        UserWarning, match=r"inside 'old' of class \w+: .*super\(self.__class__, self\)"
+    ):
+        ours = tfbn.convert(model)
+    assert type(ours.layers[1]) is kind
+    ours.get_config()
+    x = inputs_of(model)
+    np.testing.assert_allclose(ours(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_a_file_that_does_not_fit_its_class_is_refused():
     config = tfbn.convert(functional(Late())).layers[1].get_config()
     config[recorded.KEY]["layers"].pop()

@@ -1,10 +1,11 @@
 """Finding the batch normalization layers of a model."""
 
 import keras
+import numpy as np
 import pytest
 
 from tfbn._layer.batch_normalization import BatchNormalization
-from tfbn._models.walk import batch_norm_layers
+from tfbn._models.walk import batch_norm_layers, has_initial_statistics
 
 LAYERS = keras.layers
 KINDS = [LAYERS.BatchNormalization, BatchNormalization]
@@ -120,3 +121,15 @@ def test_without_keras_tracking_the_attributes_are_looked_through(monkeypatch):
     block = Block(BatchNormalization, "block")
     monkeypatch.delattr(block, "_layers")
     assert names(block) == block_names("block")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_are_initial_while_they_are_what_their_initializers_give(kind):
+    layer = kind(moving_mean_initializer=keras.initializers.RandomNormal(seed=1))
+    layer.build((None, 3))
+    assert has_initial_statistics(layer)
+    layer(np.ones((2, 3)), training=True)
+    assert not has_initial_statistics(layer)
+    layer.moving_mean.assign([0, 0, 0])
+    layer.moving_variance.assign([1, 1, 1])
+    assert not has_initial_statistics(layer)

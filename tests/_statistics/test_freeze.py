@@ -168,6 +168,28 @@ def test_it_is_kept_in_a_file(flags, tmp_path):
     assert moved(before, trained(loaded), "third") == expected
 
 
+def test_it_is_kept_in_a_file_of_a_layer_that_creates_its_own_normalization(tmp_path):
+    @keras.saving.register_keras_serializable("freeze")
+    class Own(keras.layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.norm = tfbn.BatchNormalization()
+
+        def build(self, shape):
+            self.norm.build(shape)
+
+        def call(self, x):
+            return self.norm(x)
+
+    model = keras.Sequential([keras.Input((3,)), Own()])
+    tfbn.freeze(model, affine=False)
+    model.save(tmp_path / "model.keras")
+    norm = keras.models.load_model(tmp_path / "model.keras").layers[0].norm
+    assert (norm.freeze_statistics, norm.freeze_affine) == (True, False)
+    tfbn.unfreeze(model)
+    assert type(model.layers[0]) is Own
+
+
 @pytest.mark.parametrize("way", ["tfbn.freeze", "layer.trainable"])
 def test_unfreeze_of_one_half_leaves_the_other_frozen_whichever_way_it_was(way):
     model = network()

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfbn._data.sharding import batch_size
 from tfbn._data.sources import ArraySource, as_source, spec_of
 from tfbn._support.checks import check_count
 from tfbn._support.reports import count
@@ -145,8 +146,7 @@ class MultiPassReader:
     @staticmethod
     def size(batch: Any) -> int:
         """Returns the number of examples in a batch."""
-        parts = [part for part in tf.nest.flatten(batch) if part is not None and part.shape.rank]
-        return int(tf.shape(parts[0])[0]) if parts else 1
+        return int(batch_size(batch))
 
     def _expected_batches(self) -> int | None:
         """The number of batches in a pass, if it is known before."""

@@ -28,7 +28,6 @@ def local_shard(batch: Any) -> Any:
 
 
 def batch_size(batch: Any) -> tf.Tensor:
-    """Returns the number of examples in a batch."""
-    parts = tf.nest.flatten(batch)
-    part = next(part for part in parts if part is not None and part.shape.rank != 0)
-    return tf.cast(tf.shape(part)[0], tf.int32)
+    """Returns the number of examples in a batch. A batch of scalars is one example."""
+    parts = [part for part in tf.nest.flatten(batch) if part is not None and part.shape.rank != 0]
+    return tf.cast(tf.shape(parts[0])[0], tf.int32) if parts else tf.constant(1)

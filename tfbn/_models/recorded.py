@@ -8,6 +8,7 @@ parametrizations change the class of a module in the same way, for the same reas
 """
 
 import functools
+import inspect
 import warnings
 from typing import Any
 
@@ -16,7 +17,7 @@ import keras
 from tfbn._models.copy_layer import custom_classes_of
 from tfbn._models.functional import clones_graph, is_custom
 from tfbn._models.replace_layers import replace_inside
-from tfbn._models.walk import CLASSES, BatchNormLayer, layers_inside, walk
+from tfbn._models.walk import BATCH_NORM_CLASSES, BatchNormLayer, layers_inside, walk
 
 KEY = "tfbn_batch_normalization"
 """The entry that recorded layers add to the config of their class."""
@@ -44,16 +45,36 @@ def record_batch_norms(model: keras.layers.Layer) -> None:
         _set_class(layer, kind)
         if _loaded_settings(layer) in (expected, None):
             continue
-        _set_class(layer, _recorded_class(kind))
-        if _loaded_settings(layer) != expected:
-            lost.append(f"'{layer.name}' of class {kind.__name__}")
+        if _cannot_have_subclasses(kind):
+            reason = "a subclass would break it, because it calls super(self.__class__, self) instead of super()"
+        else:
+            _set_class(layer, _recorded_class(kind))
+            if _loaded_settings(layer) == expected:
+                continue
+            reason = "created from its config, it holds other layers"
+        lost.append(f"'{layer.name}' of class {kind.__name__}: {reason}.")
     if lost:
         warnings.warn(
             "Saving and loading the model, or cloning it, loses the batch normalization layers inside "
-            f"{', '.join(lost)}: created from its config, each holds other layers. Save the weights instead of "
-            "the model, and convert again after loading.",
+            f"{' '.join(lost)} Save the weights instead of the model, and convert or freeze it again after "
+            "loading.",
             stacklevel=4,
         )
+
+
+def _cannot_have_subclasses(kind: type) -> bool:
+    """Whether a method calls `super(self.__class__, self)`, which in a subclass finds the same method again.
+
+    In `__init__` it does no harm: recorded layers are created by their original class.
+    """
+    methods = (
+        inspect.unwrap(value)
+        for base in kind.__mro__
+        if not base.__module__.startswith("keras.")
+        for name, value in vars(base).items()
+        if inspect.isfunction(value) and name != "__init__"
+    )
+    return any({"super", "__class__"} <= set(method.__code__.co_names) for method in methods)
 
 
 def original_class(kind: type) -> Any:
@@ -146,14 +167,18 @@ def _custom_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
         layer
         for layer in walk(model, inside=layers_inside)
         if is_custom(layer)
-        and not isinstance(layer, CLASSES)
+        and not isinstance(layer, BATCH_NORM_CLASSES)
         and not clones_graph(layer)
         and _batch_norms_inside(layer)
     ]
 
 
 def _batch_norms_inside(layer: keras.layers.Layer) -> list[BatchNormLayer]:
-    return [inner for inner in walk(layer, inside=layers_inside) if isinstance(inner, CLASSES)]
+    return [
+        inner
+        for inner in walk(layer, inside=layers_inside)
+        if isinstance(inner, BATCH_NORM_CLASSES)
+    ]
 
 
 def _loaded_settings(layer: keras.layers.Layer) -> list[Any] | None:

@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfbn._layer.batch_normalization import BatchNormalization
 from tfbn._support.keras_internals import tracked_layers
 
 BatchNormLayer: TypeAlias = keras.layers.BatchNormalization | BatchNormalization
-CLASSES = (keras.layers.BatchNormalization, BatchNormalization)
+BATCH_NORM_CLASSES = (keras.layers.BatchNormalization, BatchNormalization)
 
 
 def batch_norm_layers(model: keras.layers.Layer) -> list[BatchNormLayer]:
@@ -32,7 +33,7 @@ def batch_norm_layers(model: keras.layers.Layer) -> list[BatchNormLayer]:
         raise TypeError(
             f"`model` must be a Keras model or layer. Received: model={model!r} of type {type(model).__name__}."
         )
-    return [layer for layer in walk(model) if isinstance(layer, CLASSES)]
+    return [layer for layer in walk(model) if isinstance(layer, BATCH_NORM_CLASSES)]
 
 
 def children(layer: keras.layers.Layer) -> Iterable[keras.layers.Layer]:
@@ -85,3 +86,15 @@ def strategy_of(model: keras.layers.Layer) -> tf.distribute.Strategy:
 def statistics_are_frozen(layer: BatchNormLayer) -> bool:
     """Whether the layer runs in inference mode even when it is called with `training=True`."""
     return not layer.trainable or getattr(layer, "freeze_statistics", False)
+
+
+def has_initial_statistics(layer: BatchNormLayer) -> bool:
+    """Whether the moving statistics of a built layer are exactly what they were initialized with."""
+    mean, variance = layer.moving_mean, layer.moving_variance
+    return all(
+        np.array_equal(weight.numpy(), initializer(weight.shape, weight.dtype))
+        for weight, initializer in (
+            (mean, layer.moving_mean_initializer),
+            (variance, layer.moving_variance_initializer),
+        )
+    )

@@ -7,7 +7,13 @@ import keras
 
 from tfbn._layer.batch_normalization import BatchNormalization
 from tfbn._models.rebuild import rebuild
-from tfbn._models.walk import CLASSES, BatchNormLayer, batch_norm_layers, layers_inside, walk
+from tfbn._models.walk import (
+    BATCH_NORM_CLASSES,
+    BatchNormLayer,
+    batch_norm_layers,
+    layers_inside,
+    walk,
+)
 
 
 def convert(
@@ -48,20 +54,20 @@ def convert(
         >>> across_replicas = tfbn.convert(ours, synchronized=True)
         >>> stock = tfbn.convert(ours, to=keras.layers.BatchNormalization)
     """
-    if to not in CLASSES:
+    if to not in BATCH_NORM_CLASSES:
         raise ValueError(
             "`to` must be tfbn.BatchNormalization or keras.layers.BatchNormalization. "
             f"Received: to={to!r}."
         )
     batch_norm_layers(model)  # Refuses what is not a layer.
-    layers = [x for x in walk(model, inside=layers_inside) if isinstance(x, CLASSES)]
+    layers = [x for x in walk(model, inside=layers_inside) if isinstance(x, BATCH_NORM_CLASSES)]
     return rebuild(model, {id(layer): _converted(layer, to, synchronized) for layer in layers})
 
 
 def _converted(
     layer: BatchNormLayer, to: type[BatchNormLayer], synchronized: bool | None
 ) -> BatchNormLayer:
-    if type(layer) not in CLASSES:
+    if type(layer) not in BATCH_NORM_CLASSES:
         raise ValueError(
             f"Cannot convert the layer '{layer.name}': its class may behave differently. "
             f"Received: {type(layer).__module__}.{type(layer).__name__}, a subclass. Replace the layer by hand."

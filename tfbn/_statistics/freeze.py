@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import keras
 
 from tfbn._layer.batch_normalization import BatchNormalization
+from tfbn._models.recorded import record_batch_norms
 from tfbn._models.walk import BatchNormLayer, batch_norm_layers, statistics_are_frozen
 
 
@@ -40,6 +41,9 @@ def freeze(
         ValueError: If there is nothing to freeze, or if only one of the two is to be frozen in a Keras
             layer. The model does not change.
 
+    Warns:
+        UserWarning: If saving the model would lose the flags of a layer that a custom layer creates.
+
     Example:
         Fine-tune on small batches with the statistics of the pretrained model:
 
@@ -52,7 +56,7 @@ def freeze(
             layer.freeze_affine |= affine
         else:
             layer.trainable = False
-    _retrace_training_step(model)
+    _keep(model)
 
 
 def unfreeze(
@@ -87,7 +91,7 @@ def unfreeze(
             layer.freeze_statistics = statistics_are_frozen(layer) and not statistics
             layer.freeze_affine = (layer.freeze_affine or not layer.trainable) and not affine
         layer.trainable = True
-    _retrace_training_step(model)
+    _keep(model)
 
 
 def _selected_layers(
@@ -124,7 +128,8 @@ def _selected_layers(
     return layers
 
 
-def _retrace_training_step(model: keras.layers.Layer) -> None:
-    """Makes a compiled model trace its training step again: tracing fixes what is frozen."""
+def _keep(model: keras.layers.Layer) -> None:
+    """Makes what is frozen survive saving, and a compiled model trace its training step again."""
+    record_batch_norms(model)
     if getattr(model, "train_function", None) is not None:
         model.make_train_function(force=True)

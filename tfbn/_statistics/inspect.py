@@ -8,7 +8,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfbn._models.walk import BatchNormLayer, batch_norm_layers, name_of, statistics_are_frozen
+from tfbn._models.walk import (
+    BatchNormLayer,
+    batch_norm_layers,
+    has_initial_statistics,
+    name_of,
+    statistics_are_frozen,
+)
 from tfbn._support import html, tables
 from tfbn._support.reports import Report, count, plain
 
@@ -130,7 +136,7 @@ def _state(layer: BatchNormLayer) -> str:
     mean, variance = layer.moving_mean.numpy(), layer.moving_variance.numpy()
     if not (np.all(np.isfinite(mean)) and np.all(np.isfinite(variance))):
         return "not finite"
-    state = "initial" if not np.any(mean) and np.all(variance == 1) else "updated"
+    state = "initial" if has_initial_statistics(layer) else "updated"
     return f"{state}, frozen" if statistics_are_frozen(layer) else state
 
 

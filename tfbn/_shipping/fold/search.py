@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from tfbn._models.walk import CLASSES, BatchNormLayer, batch_norm_layers
+from tfbn._models.walk import BATCH_NORM_CLASSES, BatchNormLayer, batch_norm_layers
 from tfbn._shipping.fold.absorb import LINEAR, Linear, Weights, linear_reason, weights_of
 from tfbn._shipping.fold.affine import Affine, CannotFold, of_batch_norm
 from tfbn._shipping.fold.commute import COMMUTING, Commutation
@@ -73,13 +73,13 @@ def _fold_one(graph: Graph, call: Call) -> FoldedCall:
 def _batch_norm(call: Call) -> BatchNormLayer | None:
     """The batch normalization layer that is called, directly or by `TimeDistributed`; otherwise None."""
     layer = call.operation.layer if _is_timed(call) else call.operation
-    return layer if isinstance(layer, CLASSES) else None
+    return layer if isinstance(layer, BATCH_NORM_CLASSES) else None
 
 
 def _inference_reason(call: Call) -> str | None:
     """Why the call does not compute batch normalization in inference mode, or None."""
     layer: Any = _batch_norm(call)
-    if type(layer).call not in [kind.call for kind in CLASSES]:
+    if type(layer).call not in [kind.call for kind in BATCH_NORM_CLASSES]:
         return f"its class {type(layer).__name__} overrides call"
     if call.kwargs.get("training"):
         return "it is called with training=True"

@@ -17,7 +17,7 @@ from tfbn._models.functional import (
     key_names,
     seen_inputs,
 )
-from tfbn._models.walk import CLASSES, batch_norm_layers, children, walk
+from tfbn._models.walk import BATCH_NORM_CLASSES, batch_norm_layers, children, walk
 from tfbn._shipping.fold.graph import Call, Graph, Substitution, tensors
 from tfbn._support.checks import first_line
 from tfbn._support.keras_internals import calls_forgotten
@@ -105,7 +105,7 @@ def _inside(call: Call) -> Graph | None:
     Sets `call.kept_whole` to the reason if the layer contains batch normalization.
     """
     layer = call.operation
-    if not isinstance(layer, keras.layers.Layer) or isinstance(layer, CLASSES):
+    if not isinstance(layer, keras.layers.Layer) or isinstance(layer, BATCH_NORM_CLASSES):
         return None
     has_graph = _has_graph(layer)
     if not has_graph and not (is_custom(layer) and batch_norm_layers(layer)):

@@ -8,7 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from tfbn._models.walk import BatchNormLayer, name_of, statistics_are_frozen
+from tfbn._models.walk import (
+    BatchNormLayer,
+    has_initial_statistics,
+    name_of,
+    statistics_are_frozen,
+)
 from tfbn._moments.moments import Moments, count, reduced_axes, statistics_dtype
 from tfbn._statistics.diagnose.comparison import Comparison
 from tfbn._statistics.diagnose.explanations import best_batch_size, best_initial_weight
@@ -131,7 +136,7 @@ def of_weights(layer: BatchNormLayer, calls: int) -> LayerEvidence:
         dead_gammas=int(np.sum(gamma < DEAD_GAMMA)),
         not_finite=int(np.sum(~np.isfinite(mean)) + np.sum(~np.isfinite(variance))),
         negative=int(np.sum(variance < 0)),
-        never_updated=bool(np.all(mean == 0) and np.all(variance == 1)),
+        never_updated=has_initial_statistics(layer),
     )
 
 
