@@ -191,6 +191,19 @@ def test_a_healthy_training_is_quiet(kind, loop):
     assert monitor.findings == []
 
 
+def test_a_training_that_stops_early_lags_no_more_than_its_steps_say():
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            self.model.stop_training = batch == 14  # of 16
+
+    norm = tfbn.BatchNormalization(momentum=0.75)
+    model = keras.Sequential([keras.Input((8,)), norm, layers.Dense(1)])
+    monitor = tfbn.StatisticsMonitor()  # Its last record is of step 9: 0.75**9 would be much.
+    trainer = tfbn.TrainingLoop(model, "sgd", "mse")
+    trainer.fit((X + 40, Y), batch_size=4, verbose=0, callbacks=[Stop(), monitor])
+    assert monitor.findings == []
+
+
 def test_small_inputs_are_not_constant():
     model = keras.Sequential(
         [keras.Input((8,)), tfbn.BatchNormalization(momentum=0.9), layers.Dense(1)]

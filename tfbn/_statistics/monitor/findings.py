@@ -23,6 +23,8 @@ from tfbn._support.reports import count
 
 PATIENCE = 16
 """So many updates without a change are not chance."""
+CERTAIN = 2.0
+"""So many times the limits of a diagnosis are more than its healthy trainings, and short ones, ever showed."""
 IN_A_ROW = 3
 """In so many observations in a row, what depends on the data must show."""
 
@@ -166,7 +168,7 @@ class Findings:
             ratio = np.log(per_channel * old / variance + 1 - per_channel)
             shift = np.sqrt(layers.means(np.square(pull), since.known))
             log_ratio = np.sqrt(layers.means(np.square(ratio), since.known))
-            off = (shift > MEAN_SHIFT) | (log_ratio > LOG_VARIANCE_RATIO)
+            off = (shift > CERTAIN * MEAN_SHIFT) | (log_ratio > CERTAIN * LOG_VARIANCE_RATIO)
         averages = np.array([layer.momentum is not None for layer in layers.layers])
         off &= moves & averages & (weight > of_statistics.LAG)
         self._lagging = np.where(off, self._lagging + 1, 0)

@@ -41,10 +41,9 @@ class StatisticsMonitor(keras.callbacks.Callback):
     - moving statistics are NaN or infinite;
     - training and validation are fed differently, if you pass ``validation_data``.
 
-    Each epoch gets four more numbers in its logs, which History, CSVLogger and the progress bar show:
-    ``bn_mean_shift`` and ``bn_variance_ratio`` of the layer that is furthest off, ``bn_dead_channels`` and
-    ``bn_refused_updates`` of all layers. For Keras's own `keras.callbacks.CSVLogger`, put this callback before
-    it.
+    Each epoch gets two more numbers in its logs, which History and the progress bar show: ``bn_mean_shift`` and
+    ``bn_variance_ratio`` of the layer that is furthest off. If `keras.callbacks.CSVLogger` should write them,
+    put this callback before it.
 
     Limits: It knows neither how often a step calls a layer nor which updates were skipped between two recorded
     steps. For a layer that one step calls several times, distances are those of the sum of its calls. With
@@ -292,7 +291,7 @@ class StatisticsMonitor(keras.callbacks.Callback):
         epochs = self.params.get("epochs")
         planned = None
         if not self._training:
-            planned = self._updates(step - self._origin)
+            planned = self._updates(self._step - self._origin)
         elif epochs is not None and self._steps is not None:
             rest = (epochs - self._first_epoch) * self._steps - self._origin
             planned = self._updates(max(rest, 1))
@@ -303,7 +302,8 @@ class StatisticsMonitor(keras.callbacks.Callback):
     def _warn(self) -> None:
         self.findings = self._findings.found
         for finding in self.findings[self._warned :]:
-            warnings.warn(finding_text(finding), stacklevel=2)
+            # The line that called `fit` is many frames up, and differs between Keras and TrainingLoop.
+            warnings.warn_explicit(finding_text(finding), UserWarning, "tfbn.StatisticsMonitor", 1)
         self._warned = len(self.findings)
 
 

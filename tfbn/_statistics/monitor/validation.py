@@ -19,12 +19,11 @@ from tfbn._statistics.diagnose.model_evidence import LOG_VARIANCE_RATIO, MEAN_SH
 from tfbn._statistics.diagnose.signs import of_statistics
 from tfbn._statistics.diagnose.signs.sign import Sign
 from tfbn._statistics.layer_call import normalize_by_batch
+from tfbn._statistics.monitor.findings import CERTAIN
 from tfbn._statistics.monitor.observation import BatchEstimate
 from tfbn._statistics.monitor.snapshot import WatchedLayers
 from tfbn._statistics.plan import run_model
 
-TIMES = 2.0
-"""How many times the limits of a diagnosis the distance must be: a batch is a small sample."""
 AGREE = 0.3
 """The spread of the logarithms of the variance ratios up to which all channels agree on a factor."""
 _PREPARE = next(cause.advice for cause in CAUSES if cause.sign is of_statistics.rescaled_inputs)
@@ -76,12 +75,12 @@ class ValidationWatch:
         )
         ratios = np.log(sigma2 / (variance + layers.epsilon[part]))[known]
         ratio = float(np.mean(ratios))
-        off = shift > TIMES * MEAN_SHIFT or abs(ratio) > TIMES * LOG_VARIANCE_RATIO
+        off = shift > CERTAIN * MEAN_SHIFT or abs(ratio) > CERTAIN * LOG_VARIANCE_RATIO
         certain, self._off_before = off and self._off_before, off
         if not certain:
             return None
         what = "Its first layer sees another mean or another variance."
-        if abs(ratio) > TIMES * LOG_VARIANCE_RATIO and np.std(ratios) < AGREE:
+        if abs(ratio) > CERTAIN * LOG_VARIANCE_RATIO and np.std(ratios) < AGREE:
             times = math.exp(float(np.median(ratios)) / 2)
             what = f"All channels of its first layer agree: there, inputs are {1 / times:.3g} times as large."
         numbers = {"mean_shift": shift, "variance_ratio": math.exp(ratio)}

@@ -15,7 +15,7 @@ from tfbn._statistics.monitor.observation import LayerRecord
 from tfbn._support.reports import plain
 
 _COLORS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]])
-"""Dark to light: a few colors of viridis. Distances from 1/16 of what is healthy to 16 times that."""
+"""Dark to light: a few colors of viridis. Distances from 1/16 to 4 times the limit of a diagnosis."""
 _UNKNOWN = np.array([128, 128, 128])
 _MOST_COLUMNS = 256
 _SIDE = 512
@@ -29,8 +29,6 @@ def summary(layers: Sequence[LayerRecord]) -> dict[str, float]:
     return {
         "bn_mean_shift": max(shifts, default=math.nan),
         "bn_variance_ratio": max(ratios, key=lambda r: abs(math.log(r or 1e-30)), default=math.nan),
-        "bn_dead_channels": float(sum(layer.dead_channels for layer in layers)),
-        "bn_refused_updates": float(sum(layer.refused_updates for layer in layers)),
     }
 
 
@@ -118,7 +116,7 @@ def heat_map(shifts: np.ndarray) -> np.ndarray:
     """Draws an array of distances, in standard deviations, as an RGB picture. NaN is gray."""
     known = np.isfinite(shifts)
     scaled = np.log2(np.maximum(np.where(known, shifts, 1), 1e-9) / MEAN_SHIFT)
-    position = np.clip((scaled + 4) / 8, 0, 1) * (len(_COLORS) - 1)
+    position = np.clip((scaled + 4) / 6, 0, 1) * (len(_COLORS) - 1)
     colors = np.stack(
         [np.interp(position, np.arange(len(_COLORS)), channel) for channel in _COLORS.T], axis=-1
     )
