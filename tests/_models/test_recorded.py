@@ -15,6 +15,7 @@ import tensorflow as tf
 import tfbn
 from custom_models import MODELS, Block, Given, Late, functional, registered
 from graphs import randomize
+from keras_versions import HAS_3_15
 from tfbn._models import recorded
 from tfbn._models.walk import layers_inside, walk
 
@@ -88,6 +89,8 @@ def by_deepcopy(model: keras.Model, path: Any) -> keras.Model:
     "name", [name for name in MODELS if name != "shared"]
 )  # Keras unshares it.
 def test_converted_layers_survive(name, way, tmp_path):
+    if not HAS_3_15 and name in ("nest", "network") and way in (by_file, by_pickle, by_deepcopy):
+        pytest.skip("Before 3.15, Keras's files lack what is in containers of containers")
     model, ours = converted(name)
     x = inputs_of(model)
     again = way(ours, tmp_path)

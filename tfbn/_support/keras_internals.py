@@ -255,6 +255,7 @@ def replace_in_graph(
     Raises:
         ValueError: If Keras no longer keeps the graph where this function expects it.
     """
+    swaps = list(swaps)
     for old, new in swaps:
         nodes = getattr(old, "_inbound_nodes", None)
         if nodes is None or not hasattr(model, "_inputs_struct"):
@@ -273,6 +274,10 @@ def replace_in_graph(
     for name in ("_nodes", "_nodes_by_depth", "_operations", "_operations_by_depth"):
         # Past Keras's tracking of layers, and known to `tf.train.Checkpoint`.
         tf.Module.__setattr__(model, name, vars(mapped)[name])
+    if type(layers := vars(model).get("_layers")).__name__ == "ListWrapper":
+        # Before 3.15: `tf.train.Checkpoint` refuses a list of which items were replaced, so it gets another.
+        replaced = {id(old): new for old, new in swaps}
+        tf.Module.__setattr__(model, "_layers", [replaced.get(id(x), x) for x in layers])
 
 
 def copy_path(old: Any, new: Any) -> None:
