@@ -66,6 +66,7 @@ dist: $(VENV)/ready-dist ## build sdist and wheel into dist/, check them, and tr
 	$(python) -m venv build/empty
 	build/empty/bin/python -m pip install --quiet --no-input --disable-pip-version-check dist/*.whl
 	cd build/empty && bin/python -I ../../tests/harness/smoke.py
+	rm -rf build
 
 .PHONY: lint
 lint: $(VENV)/ready ## check style and formatting
