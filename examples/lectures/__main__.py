@@ -1,4 +1,4 @@
-"""Runs experiments of the lectures and writes their pictures, their numbers and the page."""
+"""Runs the experiments of the lectures, and writes their figures, their numbers and the page."""
 
 import argparse
 import importlib
@@ -28,7 +28,7 @@ EXPERIMENTS = [
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; what a user can mend ends it with a message and without a traceback."""
+    """Runs the command. An error that the user can fix is shown without a traceback."""
     options = parse(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
@@ -38,32 +38,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line, without TensorFlow: `--help` and mistakes are answered at once."""
+    """Parses the command line without importing TensorFlow, so that `--help` and errors are instant."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.lectures",
-        description="The lectures on batch normalization as experiments: for each a picture and its numbers, "
-        "for all a page, README.md.",
+        description="Test the claims of lectures on batch normalization by experiment. Each experiment writes a "
+        "figure and its numbers; README.md shows them all.",
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(EXPERIMENTS)} (default: all)"
+        "names", nargs="*", metavar="NAME", help=f"one of {', '.join(EXPERIMENTS)} (default: all)"
     )
     parser.add_argument("--dataset", choices=["digits", "mnist"], default="digits")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="default: 5")
-    parser.add_argument("--quick", action="store_true", help="try it, in seconds")
+    parser.add_argument("--quick", action="store_true", help="a trial run of a few seconds")
     parser.add_argument(
-        "--redraw", action="store_true", help="run nothing: draw anew what the numbers at hand say"
+        "--redraw",
+        action="store_true",
+        help="train nothing: redraw the figures from the saved numbers",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help="where README.md and gallery/ go (default: examples/lectures; saved_models/lectures of a quick "
-        "run, another dataset or fewer than 5 seeds)",
+        help="the directory for README.md and gallery/ (default: examples/lectures, or saved_models/lectures for a "
+        "quick run, another dataset, or fewer than 5 seeds)",
     )
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in EXPERIMENTS]
     if unknown:
-        parser.error(f"there is no experiment {unknown[0]!r}. Choose of {', '.join(EXPERIMENTS)}.")
+        parser.error(
+            f"there is no experiment {unknown[0]!r}. Choose one of {', '.join(EXPERIMENTS)}."
+        )
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1. Received: {options.seeds}.")
     options.names = options.names or EXPERIMENTS
@@ -74,7 +78,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs each experiment, or reads what it found, and draws it."""
+    """Runs each experiment, or loads its results, and draws them."""
     from examples.lectures import page
     from examples.lectures.result import Result
     from examples.lectures.setting import Setting

@@ -1,11 +1,12 @@
 """The bias that cancels.
 
-L5: a bias b before batch norm cancels out, as the mean holds it too. Its gradient is zero; drop it, β serves.
+L5: a bias b before batch norm cancels out, because the mean contains it. Its gradient is zero; leave it out, since
+β does its job.
 
-Networks with a bias before the batch norm of every hidden layer begin with b drawn at random, learn, and b and β
-are watched; so is b in networks without batch norm. Zero is zero to rounding: the gradient of b is a sum of terms
-that cancel, each with the 7 digits of float32. Gradient descent takes a step of that size. Adam divides a gradient
-by its own size, so that rounding errors make steps too, though shorter ones.
+Trains networks with a bias before the batch norm of every hidden layer, starting from random b, and records b and
+β; and networks without batch norm, to compare. The gradient of b is zero up to rounding: it is a sum of terms that
+cancel, each with the 7 digits of float32. Gradient descent takes steps of that size. Adam divides a gradient by
+its own magnitude, so rounding errors cause steps too, though smaller ones.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ HIDDEN = {
     ),
     "without": lambda a, linear, width: keras.activations.sigmoid(linear(width)(a)),
 }
-# As against β: of 60 terms that cancel, each right to 6e-8 of itself, and some 20 times β's: by 1/σ.
+# Relative to β: 60 terms cancel, each accurate to 6e-8, and about 20 times as large as β's because of 1/σ.
 ROUNDING = 1e-4
 
 
@@ -43,7 +44,7 @@ def run(setting: Setting) -> Result:
         Claim(
             "L5",
             "A bias before batch norm has no gradient",
-            "gradient of b ÷ gradient of β, largest in the training",
+            "gradient of b ÷ gradient of β, maximum over training",
             (gradient["b"] / gradient["beta"]).max(axis=1),
             at_most=ROUNDING,
         )
@@ -57,22 +58,22 @@ def run(setting: Setting) -> Result:
         claims.append(
             Claim(
                 "L5",
-                f"Training leaves it where it was: {NAMES[name]}",
-                f"how far b has moved after {at[-1]} steps ÷ how far β has",
+                f"Training does not change it: {NAMES[name]}",
+                f"change of b after {at[-1]} steps ÷ change of β",
                 b / beta,
                 at_most=ROUNDING,
             )
         )
         seen.append(
-            f"After {at[-1]} steps of {NAMES[name]}, the β of the median network have moved by {np.median(beta):.2g} "
-            f"and its b by {number(np.median(b))}; without batch norm, b has moved by {np.median(plain):.2g}."
+            f"After {at[-1]} steps of {NAMES[name]}, the median network's β has changed by {np.median(beta):.2g} "
+            f"and its b by {number(np.median(b))}; without batch norm, b has changed by {np.median(plain):.2g}."
         )
     numbers = {"steps": at, "found": found}
     return Result("The bias that cancels", claims, " ".join(seen), numbers, setting.to_dict())
 
 
 def train(setting: Setting, kind: str, optimizer: str, at: list[int]) -> dict[str, Any]:
-    """The gradients of b and β and how far they have moved, root mean squares: (seeds, moments) each."""
+    """Returns the RMS of the gradients of b and β, and of their changes: (seeds, records) each."""
     networks = Networks(setting, HIDDEN[kind], optimizer=optimizer)
     networks.begin(RATES[optimizer])
     hidden, rng = networks.kernels()[:-1], np.random.default_rng(0)

@@ -1,11 +1,11 @@
 """Rounder contours.
 
-The loss around the place where training stands, at its beginning and later: 3 hidden layers of 50 tanh units,
-gradient descent, the loss of 500 images with their own batch statistics, as training sees it. The largest
-eigenvalue of the Hessian comes from power iteration: a gradient of a gradient through the layer.
+Looks at the loss around the current weights, before and during training: 3 hidden layers of 50 tanh units,
+gradient descent, the loss of 500 images with their own batch statistics, as in training. The largest eigenvalue of
+the Hessian comes from power iteration, which differentiates the layer's gradient.
 
-L11: contours become rounder, so gradient descent takes larger steps. In a round bowl all eigenvalues are the
-same, and a single step along the gradient, well measured, removes all of the loss.
+L11: contours become rounder, so gradient descent takes larger steps. In a round bowl all eigenvalues are equal,
+and a single step of the right length along the gradient removes all of the loss.
 """
 
 import numpy as np
@@ -18,11 +18,14 @@ from examples.lectures.setting import Setting
 from examples.lectures.surface import Surface, length, unit
 from examples.models import Hidden
 
-LENGTHS = np.geomspace(1e-3, 3, 40)  # of a step, as parts of the length of all weights together
+LENGTHS = np.geomspace(1e-3, 3, 40)  # of a step, relative to the norm of all weights
 CLAIMS = {
     "elongation": ("Contours are rounder", "largest eigenvalue ÷ RMS of all, without ÷ with"),
     "largest": ("Contours are wider", "largest eigenvalue of the Hessian, without ÷ with"),
-    "left": ("A step gets further", "loss that the best step leaves, without ÷ with"),
+    "left": (
+        "The best step removes more of the loss",
+        "loss left after the best step, without ÷ with",
+    ),
     "length": ("Gradient descent takes larger steps", "length of the best step, with ÷ without"),
 }
 
@@ -40,14 +43,14 @@ def run(setting: Setting) -> Result:
     seen = " ".join(
         f"{name} batch norm, {at[-1]} steps take the Hessian's largest eigenvalue in the median network from "
         f"{ends(of['largest'])}, and its ratio to the root mean square (RMS) of all from {ends(of['elongation'])}; "
-        f"what the best of all steps along the gradient leaves goes from {ends(100 * of['left'])} % of the loss."
+        f"the share of the loss that the best step along the gradient leaves goes from {ends(100 * of['left'])} %."
         for name, of in (("With", normal), ("Without", plain))
     )
     curves = [np.median(of["random"][:, at.index(early)], axis=0) for of in (normal, plain)]
     far = [np.append(LENGTHS, np.inf)[np.append(c > 1.5, True).argmax()] for c in curves]
     seen += (
-        f" In a random direction the loss after {early} steps is half as large again at {number(far[0])} of the "
-        f"weights' length with batch norm and at {number(far[1])} without."
+        f" In a random direction, the loss after {early} steps is 50 % higher at a distance of {number(far[0])} times "
+        f"the weights' norm with batch norm, and at {number(far[1])} times without."
     )
     numbers = {"steps": at, "lengths": LENGTHS, "with": normal, "without": plain}
     return Result("Rounder contours", claims, seen, numbers, setting.to_dict())
@@ -59,7 +62,7 @@ def ends(values: np.ndarray) -> str:
 
 
 def train(setting: Setting, norm: str, at: list[int]) -> dict[str, np.ndarray]:
-    """What the surface is like on the way of networks of one kind, (seeds, moments, ...)."""
+    """Returns measurements of the loss surface while networks of one kind train: (seeds, records, ...)."""
     networks = Networks(setting, Hidden(norm=norm, activation="tanh"), (50, 50, 50))
     surface = Surface(networks, examples=500)
     records: list[dict[str, np.ndarray]] = []
@@ -74,7 +77,7 @@ def train(setting: Setting, norm: str, at: list[int]) -> dict[str, np.ndarray]:
 
 
 def survey(surface: Surface) -> dict[str, np.ndarray]:
-    """What is seen from where the networks stand, (networks, ...)."""
+    """Measures the loss surface around the current weights: (networks, ...)."""
     here, loss = surface.place(), surface.loss().numpy()
     largest, rms = surface.eigenvalues(iterations=30, draws=10)
     downhill = -unit(surface.gradient())

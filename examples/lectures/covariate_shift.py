@@ -1,12 +1,12 @@
 """Covariate shift inside.
 
-L12: as earlier weights change, the distribution that a later layer sees moves less with batch norm.
+L12: when earlier weights change, the input distribution of a later layer shifts less with batch norm.
 
-At moments of the training, all weights before the last hidden layer take a step down the gradient of a
-mini-batch, and the others stay. How far has that moved what the last hidden layer sees, the training set by each
-unit? By the step that training takes; and by one of 1 % of the length of these weights, since the gradients
-with and without batch norm differ in length. A unit has moved by the mean distance of its new values from its old
-ones, both in order (Wasserstein's distance), in old standard deviations. Then the step is taken back.
+At several points in training, all weights before the last hidden layer take a step along the negative gradient
+of a mini-batch, while the others stay fixed. The shift is the change of the last hidden layer's inputs over the
+training set. It is measured for the training step, and for a step of 1 % of the norm of these weights, since
+gradients with and without batch norm differ in norm. The shift of a unit is the Wasserstein distance between its
+old and new inputs, in old standard deviations. Then the step is undone.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ from examples.lectures.setting import Setting
 from examples.models import Hidden
 
 RATE = 1.0
-STEPS = {"own": "the step that training takes", "equal": "a step of 1 % of the weights' length"}
+STEPS = {"own": "the training step", "equal": "a step of 1 % of the weights' norm"}
 
 
 def run(setting: Setting) -> Result:
@@ -27,8 +27,8 @@ def run(setting: Setting) -> Result:
     claims = [
         Claim(
             "L12",
-            "As earlier weights change, what a later layer sees moves less",
-            f"how far {text} moves it, without ÷ with, geometric mean over the training",
+            "When earlier weights change, a later layer's input shifts less",
+            f"how far {text} shifts it, without ÷ with, geometric mean over training",
             np.exp(np.log(plain[kind] / normal[kind]).mean(axis=1)),
             unit="×",
             above=1,
@@ -36,9 +36,9 @@ def run(setting: Setting) -> Result:
         for kind, text in STEPS.items()
     ]
     seen = " ".join(
-        f"{name} batch norm, the step that training takes moves what the last hidden layer of the median network "
-        f"sees by {ends(of['own'])} standard deviations, a step of 1 % by {ends(of['equal'])}, and after {at[-1]} "
-        f"steps the network reads {np.median(of['accuracy']):.1f} % of the test digits."
+        f"{name} batch norm, the training step shifts the input of the median network's last hidden "
+        f"layer by {ends(of['own'])} standard deviations and a step of 1 % by {ends(of['equal'])}; after {at[-1]} "
+        f"steps, its test accuracy is {np.median(of['accuracy']):.1f} %."
         for name, of in (("With", normal), ("Without", plain))
     )
     numbers = {"steps": at, "with": normal, "without": plain}
@@ -46,7 +46,7 @@ def run(setting: Setting) -> Result:
 
 
 def train(setting: Setting, norm: str, at: list[int]) -> dict[str, np.ndarray]:
-    """Networks of one kind: how far either step moved them, (seeds, moments); their accuracy at the end."""
+    """Trains networks of one kind. Returns the shifts by either step, (seeds, records), and the final accuracy."""
     networks = Networks(setting, Hidden(norm=norm, activation="sigmoid"))
     records = []
     networks.begin(RATE)
@@ -56,7 +56,7 @@ def train(setting: Setting, norm: str, at: list[int]) -> dict[str, np.ndarray]:
 
 
 def moves(networks: Networks, step: int) -> dict[str, np.ndarray]:
-    """How far either step of the earlier weights moves what the last hidden layer sees: (networks,)."""
+    """Measures how far either step of the earlier weights shifts the last hidden layer's input: (networks,)."""
     layers, train = networks.model.layers, networks.setting.train
     last_hidden = layers.index(networks.kernels()[-2])
     early = [v for layer in layers[:last_hidden] for v in layer.trainable_variables]
@@ -79,7 +79,7 @@ def moves(networks: Networks, step: int) -> dict[str, np.ndarray]:
 
 
 def length(parts: list[np.ndarray]) -> np.ndarray:
-    """Of all parts of each network together: (networks, values) each → (networks,)."""
+    """Returns the norm over all parts of each network: (networks, values) each → (networks,)."""
     return np.linalg.norm(np.concatenate(parts, axis=1), axis=1)
 
 

@@ -1,8 +1,8 @@
 """Depth.
 
-Networks of 2 to 50 hidden layers of 50 units, trained by Adam: sigmoids with small Gaussian weights as in the
-original experiment, and ReLUs with He's weights, which were made for deep networks without batch norm. All are
-trained at three learning rates, and shown at the one that is best for their kind and depth.
+Trains networks of 2 to 50 hidden layers of 50 units with Adam: sigmoids with small Gaussian weights as in the
+original experiment, and ReLUs with He initialization, which was designed for deep networks without batch norm.
+All are trained at three learning rates, and shown at the best rate for their kind and depth.
 
 L10: very deep networks become trainable, and training takes fewer steps to a given accuracy.
 """
@@ -39,7 +39,7 @@ def run(setting: Setting) -> Result:
             Claim(
                 "L10",
                 f"Deeper {activation} networks become trainable",
-                f"hidden layers of the deepest that reaches 90 % in {steps} steps, with minus without",
+                f"hidden layers of the deepest network that reaches 90 % in {steps} steps, with minus without",
                 deepest["with"] - deepest["without"],
                 above=0,
             )
@@ -48,7 +48,7 @@ def run(setting: Setting) -> Result:
             Claim(
                 "L10",
                 f"{activation} networks of {depth} hidden layers take fewer steps",
-                "steps to 90 %, without ÷ with (1 where neither gets there)",
+                "steps to 90 %, without ÷ with (1 if neither reaches it)",
                 faster[:, index],
                 above=1,
             )
@@ -56,16 +56,16 @@ def run(setting: Setting) -> Result:
         ]
         counts = {kind: ", ".join(map(number, bands(f)[1])) for kind, f in found.items()}
         seen.append(
-            f"With {', '.join(map(str, depths))} hidden layers of {activation} units, the median network reads "
-            f"90 % of the test digits after {counts['with']} steps with batch norm and after "
-            f"{counts['without']} without (∞: not within {steps})."
+            f"With {', '.join(map(str, depths))} hidden layers of {activation} units, the median network reaches "
+            f"90 % test accuracy after {counts['with']} steps with batch norm and after "
+            f"{counts['without']} without (∞: not within {steps} steps)."
         )
     numbers = {"depths": depths, "steps": steps, "to_goal": to_goal}
     return Result("Depth", claims, " ".join(seen), numbers, setting.to_dict())
 
 
 def fastest(setting: Setting, activation: str, norm: str, depth: int, steps: int) -> np.ndarray:
-    """Steps to the goal at the best of the rates: (seeds,)."""
+    """Returns the steps to the goal at the best rate: (seeds,)."""
     networks = Networks(
         setting, Hidden(norm=norm, activation=activation.lower()), [50] * depth, "adam"
     )

@@ -1,11 +1,11 @@
 """The statistics for test time.
 
-L7: fixed statistics are either an exponentially weighted average, kept during training, or the mean and variance
+L7: the fixed statistics are either an exponential moving average kept during training, or the mean and variance
 over the entire training set.
 
-At moments of the training, the test set is read by the moving average as it stands, with Keras's momentum of
-0.99 and with 0.9, and by the statistics of the training set for the weights of that moment (`tfbn.recalibrate`).
-The average begins at mean 0 and variance 1 and remembers some 100 steps, or 10.
+Measures the test accuracy at several points in training: with the moving average, for Keras's momentum of 0.99 and
+for 0.9, and with the statistics of the training set for the current weights (`tfbn.recalibrate`). The average
+starts at mean 0 and variance 1, and averages over about 100 or 10 steps.
 """
 
 from typing import Any
@@ -29,8 +29,9 @@ def run(setting: Setting) -> Result:
     claims = [
         Claim(
             "L7",
-            "The moving average serves as well as the statistics of the training set",
-            f"test accuracy after {at[-1]} steps, by the training set minus by the average of momentum {momentum}",
+            "The moving average works as well as the statistics of the training set",
+            f"test accuracy after {at[-1]} steps, with the training set's statistics minus with the average of "
+            f"momentum {momentum}",
             one["exact"][:, -1] - one["average"][:, -1],
             unit="% points",
             at_most=0.5,
@@ -39,9 +40,9 @@ def run(setting: Setting) -> Result:
     ]
     half = at[len(at) // 2]
     seen = ". ".join(
-        f"By the average of momentum {momentum}, the median network reads "
-        f"{bands(one['average'])[1][at.index(half)]:.1f} % of the test set after {half} steps and "
-        f"{bands(one['average'])[1][-1]:.1f} % after {at[-1]}; by the training set's statistics "
+        f"With the average of momentum {momentum}, the median test accuracy is "
+        f"{bands(one['average'])[1][at.index(half)]:.1f} % after {half} steps and "
+        f"{bands(one['average'])[1][-1]:.1f} % after {at[-1]}; with the training set's statistics, "
         f"{bands(one['exact'])[1][at.index(half)]:.1f} % and {bands(one['exact'])[1][-1]:.1f} %"
         for momentum, one in found.items()
     )
@@ -50,7 +51,7 @@ def run(setting: Setting) -> Result:
 
 
 def follow(setting: Setting, momentum: float, at: list[int]) -> dict[str, np.ndarray]:
-    """Accuracies by either statistics, and how far the average is from the exact mean: (seeds, moments)."""
+    """Returns the accuracies by both statistics, and the average's distance from the exact mean: (seeds, records)."""
     networks = Networks(setting, Hidden(activation="sigmoid", momentum=momentum))
     training_set = tf.data.Dataset.from_tensor_slices(setting.train.images).batch(500)
     records: list[Any] = []
@@ -72,7 +73,7 @@ def follow(setting: Setting, momentum: float, at: list[int]) -> dict[str, np.nda
 
 
 def moving_means(networks: Networks) -> np.ndarray:
-    """Of all layers: (layers, networks · units)."""
+    """Returns the moving means of all layers: (layers, networks · units)."""
     return np.array([layer.moving_mean.numpy() for layer in networks.normalizations()])
 
 
@@ -85,7 +86,7 @@ def draw(result: Result) -> style.Figure:
         one, label = found[str(momentum)], {"label": f"moving average, momentum {momentum}"}
         style.band(accuracy, steps, one["average"], **look | label)
         style.band(distance, steps, one["off"], **look | label)
-    # The two trainings are one: only what is kept for the test differs.
+    # Both trained the same weights: only the moving averages differ.
     style.band(
         accuracy,
         steps,

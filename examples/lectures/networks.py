@@ -1,10 +1,10 @@
-"""The networks of all seeds, side by side in one model.
+"""Trains the networks of all seeds side by side in one model.
 
-A number over five seeds takes five trainings. Small networks spend nearly all of their time between the
-operations, so here they share the operations and nothing else: each layer holds the weights of all networks,
-and the features of all networks lie one after the other on the channel axis, where batch normalization treats
-each channel by itself anyway. The loss is the sum of theirs, so each gets the gradient of its own; every seed
-has its own first weights and its own order of the data. Each learns what it would learn alone.
+A measurement over five seeds takes five training runs. Small networks spend nearly all their time on overhead
+between operations, so here they share the operations and nothing else. Each layer holds the weights of all
+networks, and the features of all networks are concatenated on the channel axis, where batch normalization treats
+each channel separately anyway. The loss is the sum of all losses, so each network gets its own gradient. Every
+seed has its own initial weights and its own order of the data. Each network learns what it would learn alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,15 +20,15 @@ from examples.models import Hidden
 from examples.optimizers import optimizer as named_optimizer
 
 CLASSES = 10
-DIVERGED = 1e15  # its square is a float32 still
+DIVERGED = 1e15  # its square still fits into float32
 
 
 @keras.saving.register_keras_serializable("examples.lectures")
 class SideBySide(keras.layers.Layer):
-    """The `keras.layers.Dense` of several networks: (batch, networks·inputs) → (batch, networks·units).
+    """`keras.layers.Dense` for several networks at once: (batch, networks·inputs) → (batch, networks·units).
 
-    The kernel is (networks, inputs, units), the bias (networks, units). What has diverged falls silent: batch
-    normalization rejects a batch with an infinity in any channel, and the neighbours would pay for it.
+    The kernel has shape (networks, inputs, units), the bias (networks, units). Outputs that diverged become 0:
+    batch normalization skips updates for a batch with an infinity in any channel, which would affect the others.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class SideBySide(keras.layers.Layer):
         self.units, self.networks, self.use_bias = units, networks, use_bias
 
     def build(self, input_shape: Sequence[int]) -> None:
-        """Makes the weights. `Networks.begin` draws them."""
+        """Creates the weights. `Networks.begin` initializes them."""
         shape = (self.networks, input_shape[-1] // self.networks, self.units)
         self.kernel = self.add_weight(shape=shape, initializer="zeros", name="kernel")
         if self.use_bias:
@@ -51,7 +51,7 @@ class SideBySide(keras.layers.Layer):
             self.bias = self.add_weight(shape=bias, initializer="zeros", name="bias")
 
     def call(self, a: Any) -> Any:
-        """Each network's features times its own kernel."""
+        """Multiplies each network's features by its own kernel."""
         a = tf.reshape(a, (-1, self.networks, self.kernel.shape[1]))
         z = tf.einsum("bni,niu->bnu", a, tf.convert_to_tensor(self.kernel))
         if self.use_bias:
@@ -61,21 +61,21 @@ class SideBySide(keras.layers.Layer):
 
 
 class Networks:
-    """Fully connected networks, `copies` of them for each seed; one is numbered ``copy · seeds + seed``.
+    """Fully connected networks, `copies` of them per seed. The index of a network is ``copy · seeds + seed``.
 
     Args:
-        setting: Data and seeds.
-        hidden: How a hidden layer is built: an `examples.models.Hidden`, or a function like it,
-            ``(a, linear, width) -> a'``, where `linear` makes a `SideBySide` as it would a `Dense`.
-        widths: Units of the hidden layers.
+        setting: The data and the seeds.
+        hidden: Builds a hidden layer: an `examples.models.Hidden`, or a function
+            ``(a, linear, width) -> a'``, where `linear` creates a `SideBySide` layer.
+        widths: The numbers of units of the hidden layers.
         optimizer: A key of `examples.optimizers.DEFAULT_RATES`.
-        copies: Networks for each seed. They begin with the same draws and see the same order of the data, and
-            differ by what `begin` is told.
+        copies: The number of networks per seed. They share their initial draws and the order of the data, and
+            differ in the arguments of `begin`.
 
     Attributes:
-        model: The Keras model, (batch, networks·pixels) → (batch, networks, classes).
+        model: The Keras model: (batch, networks·pixels) → (batch, networks, classes).
             The linear layers are named hidden_1, hidden_2, ... and logits.
-        number: How many networks it holds.
+        number: The number of networks.
     """
 
     def __init__(
@@ -104,11 +104,11 @@ class Networks:
         )
 
     def begin(self, learning_rate: float, gain: float | np.ndarray = 1.0) -> None:
-        """Draws fresh weights, W ~ N(0, gain² / inputs), and forgets all training; b, β = 0 and γ = 1.
+        """Resets all networks: draws W ~ N(0, gain² / inputs), and sets b = β = 0 and γ = 1.
 
         Args:
-            learning_rate: For the steps that follow.
-            gain: One for all networks or one for each.
+            learning_rate: The learning rate of the following steps.
+            gain: One value for all networks, or one for each.
         """
         self.model.set_weights(self._untrained)
         gains = np.broadcast_to(gain, self.number)
@@ -135,13 +135,13 @@ class Networks:
         at: Sequence[int] = (),
         call: Callable[[int], bool | None] | None = None,
     ) -> None:
-        """Takes steps, each with a mini-batch of its own for each seed, and goes on where it was left.
+        """Trains for some steps, continuing where the last call stopped. Each seed has its own mini-batches.
 
         Args:
-            steps: How many.
-            batch_size: Examples of a mini-batch.
-            at: After how many of these steps `call(step)` is to be called; 0 is before the first.
-            call: What records. Where it returns True, the training is over.
+            steps: The number of steps.
+            batch_size: The number of examples in a mini-batch.
+            at: The steps after which to call `call(step)`; 0 means before the first step.
+            call: Records something. Training stops when it returns True.
         """
         due = set(at)
         if 0 in due and call is not None:
@@ -160,7 +160,7 @@ class Networks:
         self._loop.fit(batches, callbacks=callbacks, verbose=0)
 
     def kernels(self) -> list[SideBySide]:
-        """The layers with weights, from the first to the logits."""
+        """The linear layers, from the first to the logits."""
         return [layer for layer in self.model.layers if isinstance(layer, SideBySide)]
 
     def normalizations(self) -> list[tfbn.BatchNormalization]:
@@ -168,9 +168,9 @@ class Networks:
         return [x for x in self.model.layers if isinstance(x, tfbn.BatchNormalization)]
 
     def probe(self, layers: Sequence[Any]) -> Callable[..., list[np.ndarray]]:
-        """A function of images (batch, pixels) that gives what these layers give out: (networks, batch, units) each.
+        """Returns a function that maps images (batch, pixels) to these layers' outputs, each (networks, batch, units).
 
-        It takes `training`, by default False; the moving statistics stay as they are either way.
+        The function takes `training`, False by default. It never updates the moving statistics.
         """
         inside = keras.Model(self.model.input, [layer.output for layer in layers])
 
@@ -182,12 +182,12 @@ class Networks:
         return look
 
     def gradients(self, variables: Sequence[keras.Variable], rows: np.ndarray) -> list[np.ndarray]:
-        """Of each network's own loss on these examples of the training set, taken as one mini-batch.
+        """Returns the gradients of each network's loss on these training examples, taken as one mini-batch.
 
-        The moving statistics stay as they are.
+        The moving statistics do not change.
 
         Returns:
-            For each variable (networks, values).
+            A gradient of shape (networks, values) for each variable.
         """
         images, labels = (part[rows] for part in self.setting.train)
         labels = np.repeat(labels[:, np.newaxis], self.number, axis=1)
@@ -198,18 +198,18 @@ class Networks:
         return [np.reshape(gradient, (self.number, -1)) for gradient in gradients]
 
     def spread(self, images: np.ndarray | tf.Tensor) -> tf.Tensor:
-        """Gives every network the same images: (batch, pixels) → (batch, networks·pixels)."""
+        """Feeds every network the same images: (batch, pixels) → (batch, networks·pixels)."""
         return tf.tile(images, (1, self.number))
 
     def each(self, features: np.ndarray | tf.Tensor) -> np.ndarray:
-        """Takes the networks' features apart: (batch, networks·units) → (networks, batch, units)."""
+        """Splits features by network: (batch, networks·units) → (networks, batch, units)."""
         parts = np.asarray(features).reshape(len(features), self.number, -1)
         return parts.transpose(1, 0, 2)
 
     def accuracy(
         self, images: np.ndarray | None = None, labels: np.ndarray | None = None
     ) -> np.ndarray:
-        """The share of images (by default, of the test set) that each network reads rightly, in inference mode.
+        """Returns the accuracy of each network in inference mode, by default on the test set.
 
         Shape: (networks,).
         """
@@ -229,20 +229,20 @@ class Networks:
         return lambda units, **kwargs: SideBySide(units, self.number, name=name, **kwargs)
 
     def _batch(self, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The examples in these rows of the training set, (batch, seeds), for all networks."""
+        """Gathers training examples for all networks; `rows` has shape (batch, seeds)."""
         copies = (1, self.number // self.setting.seeds)
         images, labels = self._train
         features = tf.reshape(tf.gather(images, rows), (len(rows), -1))
         return tf.tile(features, copies), tf.tile(tf.gather(labels, rows), copies)
 
     def _sum_of_losses(self, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-        """Keras takes the mean over examples and networks; each network is to have its own."""
+        """Undoes Keras's mean over networks, so that each network gets the gradient of its own loss."""
         return self.number * keras.losses.sparse_categorical_crossentropy(
             labels, logits, from_logits=True
         )
 
 
 def _order(rng: np.random.Generator, examples: int) -> Iterator[int]:
-    """One shuffled pass over the examples after the other."""
+    """Yields the examples' indices in one shuffled pass after another."""
     while True:
         yield from rng.permutation(examples).tolist()

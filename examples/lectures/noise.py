@@ -1,10 +1,11 @@
 """The noise of a mini-batch.
 
-L13: the mean and variance of a mini-batch are noisy; a larger mini-batch makes the noise smaller.
+L13: the mean and variance of a mini-batch are noisy; a larger mini-batch reduces the noise.
 
-One example is put into many random mini-batches, and its ẑ, the normalized input of a unit, scatters. A mean of
-m independent values has an error that falls as m^(−1/2), and in first order so have σ and ẑ, whatever the data.
-The mini-batches of an epoch hold no example twice: their noise falls faster, to 0 at the whole training set.
+Places one example in many random mini-batches, and measures the spread of its ẑ, the normalized input of a unit.
+The error of a mean of m independent values falls as m^(−1/2), and to first order so do those of σ and ẑ, whatever
+the data. The mini-batches of an epoch repeat no example, so their noise falls faster, to 0 for the whole training
+set.
 """
 
 from collections.abc import Sequence
@@ -39,18 +40,18 @@ def run(setting: Setting) -> Result:
     slopes = np.array([slope(SIZES, spreads) for spreads in independent])
     claim = Claim(
         "L13",
-        "Statistics are noisy, and less so with a larger mini-batch",
-        "how far the slope of log spread of ẑ over log m is from −1/2, of 1/2",
+        "The statistics are noisy, and less so with a larger mini-batch",
+        "deviation of the slope of log spread of ẑ over log m from −1/2, relative to 1/2",
         100 * np.abs(slopes + 0.5) / 0.5,
         unit="%",
         at_most=10,
     )
     medians = bands(independent)[1]
     seen = (
-        f"From mini-batches of {SIZES[0]} examples to those of {SIZES[-1]}, the ẑ of one example scatters by "
-        f"{medians[0]:.2f} to {medians[-1]:.3f}, and the slope of the line through all sizes on log axes is "
-        f"{number(np.median(slopes))}. Drawn as an epoch draws them, no example twice, the mini-batches of "
-        f"{SIZES[-1]}, of {z.shape[1]} examples, scatter it by {bands(of_an_epoch)[1][-1]:.3f}."
+        f"From mini-batches of {SIZES[0]} examples to those of {SIZES[-1]}, the spread of one example's ẑ falls from "
+        f"{medians[0]:.2f} to {medians[-1]:.3f}; the slope of the line through all sizes on log axes is "
+        f"{number(np.median(slopes))}. If no example is drawn twice, as in an epoch, mini-batches of "
+        f"{SIZES[-1]} of {z.shape[1]} examples give a spread of {bands(of_an_epoch)[1][-1]:.3f}."
     )
     numbers = {"sizes": SIZES, "independent": independent, "of an epoch": of_an_epoch}
     return Result("The noise of a mini-batch", [claim], seen, numbers, setting.to_dict())
@@ -59,17 +60,17 @@ def run(setting: Setting) -> Result:
 def spread(
     z: np.ndarray, size: int, draws: int, again: bool, rng: np.random.Generator
 ) -> np.floating:
-    """How far the first example's ẑ scatters over random mini-batches with it.
+    """Measures the spread of the first example's ẑ over random mini-batches that contain it.
 
     Args:
-        z: What a layer gets, (examples, units).
-        size: Of a mini-batch.
-        draws: How many mini-batches.
-        again: Whether an example may be drawn again, which makes all independent.
-        rng: Draws them.
+        z: The inputs of a layer, of shape (examples, units).
+        size: The size of the mini-batches.
+        draws: The number of mini-batches.
+        again: Whether to draw with replacement, which makes the examples independent.
+        rng: The generator that draws them.
 
     Returns:
-        The standard deviation over the mini-batches, the mean of all units.
+        The standard deviation over the mini-batches, averaged over the units.
     """
     others = [1 + rng.choice(len(z) - 1, size - 1, replace=again) for _ in range(draws)]
     rows = np.insert(others, 0, 0, axis=1)
@@ -79,7 +80,7 @@ def spread(
 
 
 def slope(sizes: Sequence[int], spreads: Sequence[float]) -> np.floating:
-    """Of the straight line through them on log axes."""
+    """Returns the slope of a straight line fitted on log axes."""
     return np.polyfit(np.log(sizes), np.log(spreads), 1)[0]
 
 
@@ -87,7 +88,7 @@ def draw(result: Result) -> style.Figure:
     figure = style.figure()
     axes = figure.subplots()
     sizes = np.array(result.numbers["sizes"])
-    # Of slope −1/2, as high as the medians are on average.
+    # A line of slope −1/2 through the average of the medians.
     level = np.log(bands(result.numbers["independent"])[1] * np.sqrt(sizes)).mean()
     axes.plot(sizes, np.exp(level) / np.sqrt(sizes), color=style.BLACK, label="slope −1/2")
     for key, label, look in (

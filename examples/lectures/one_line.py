@@ -1,9 +1,9 @@
 """One line of a framework.
 
-The program that builds a network, run as it stands and without its line of batch norm: 3 hidden layers of 100
-sigmoid units, Adam as Keras has it, batches of 60.
+Runs a program that builds a network, with and without its line of batch norm: 3 hidden layers of 100 sigmoid
+units, Adam with Keras's defaults, batches of 60.
 
-L8: a user gets batch norm in one line of a framework.
+L8: a framework provides batch norm in one line.
 """
 
 import keras
@@ -38,7 +38,7 @@ def run(setting: Setting) -> Result:
         Claim("L8", "It takes one line", "lines added", [lines] * setting.seeds, at_most=1),
         Claim(
             "L8",
-            "That line does all that is needed",
+            "That line is all it takes",
             f"test accuracy after {epochs} epochs, with minus without",
             gain,
             unit="% points",
@@ -46,10 +46,10 @@ def run(setting: Setting) -> Result:
         ),
     ]
     seen = (
-        f"The median network of the program of {len(programs['with'])} lines reads "
-        f"{np.median(accuracy['with'][:, 0]):.1f} % of the test digits after the first epoch and "
-        f"{np.median(accuracy['with'][:, -1]):.1f} % after {epochs}. That of the program of "
-        f"{len(programs['without'])} lines reads {np.median(accuracy['without'][:, 0]):.1f} % and "
+        f"With batch norm, a program of {len(programs['with'])} lines, the median network reaches "
+        f"{np.median(accuracy['with'][:, 0]):.1f} % test accuracy after the first epoch and "
+        f"{np.median(accuracy['with'][:, -1]):.1f} % after {epochs}. Without it, "
+        f"{len(programs['without'])} lines, it reaches {np.median(accuracy['without'][:, 0]):.1f} % and "
         f"{np.median(accuracy['without'][:, -1]):.1f} %."
     )
     numbers = {"program": whole, "accuracy": accuracy}
@@ -57,7 +57,7 @@ def run(setting: Setting) -> Result:
 
 
 def train(setting: Setting, program: list[str], seed: int, epochs: int) -> list[float]:
-    """The test accuracy of the program's network after each epoch."""
+    """Returns the test accuracy of the program's network after each epoch."""
     scope = {"keras": keras, "tfbn": tfbn}
     keras.utils.set_random_seed(seed)
     exec("\n".join(program), scope)

@@ -1,12 +1,12 @@
 """The original experiment.
 
 Ioffe and Szegedy (2015, section 4.1): 3 hidden layers of 100 sigmoid units, small Gaussian weights, batches of
-60, plain gradient descent. Both networks are trained at several learning rates, of which the paper names none,
-and each is shown at the rate that takes it to 90 % first.
+60, plain gradient descent. The paper does not state its learning rate, so both networks are trained at several
+rates, and each is shown at the rate at which it reaches 90 % first.
 
-L9: more of the rates work. L10: fewer steps to a given accuracy. L12: the input of a unit in the last hidden
-layer strays less: the standard deviation of its median over the training, as a part of the mean distance of the
-outer percentiles. L14: forward, backward and update with batch norm in every hidden layer.
+L9: more of the rates work. L10: training takes fewer steps to a given accuracy. L12: the input of a unit in the
+last hidden layer drifts less; the drift is the standard deviation of the unit's median input over training, divided
+by the mean distance between the outer percentiles. L14: training works with batch norm in every hidden layer.
 """
 
 from typing import Any
@@ -28,8 +28,8 @@ CLAIMS = {
         f"share of {len(RATES)} rates that reach 90 %, with − without",
     ),
     "L10": ("Training takes fewer steps", "steps to 90 % at the best rate, without ÷ with"),
-    "L12": ("A later layer's input moves less", "stray of a unit's median input, without ÷ with"),
-    "L14": ("Batch norm fits into each layer", "test accuracy after W, γ and β were trained"),
+    "L12": ("A later layer's input moves less", "drift of a unit's median input, without ÷ with"),
+    "L14": ("Batch norm works in every hidden layer", "test accuracy after training W, γ and β"),
 }
 
 
@@ -38,7 +38,7 @@ def run(setting: Setting) -> Result:
     spaced = np.concatenate([np.geomspace(1, steps, 40), np.linspace(1, steps, 40)])
     at = np.unique(spaced.round().astype(int)).tolist()
     normal, plain = (train(setting, norm, at) for norm in ("tfbn", "none"))
-    found = {  # for each seed, its unit, and above what the claim wants it
+    found = {  # the value for each seed, its unit, and the predicted lower bound
         "L9": (100 * (normal["working"] - plain["working"]), "% points", 0),
         "L10": (ratio(plain["to_goal"], normal["to_goal"]), "", 1),
         "L12": (plain["stray"] / normal["stray"], "", 1),
@@ -46,10 +46,10 @@ def run(setting: Setting) -> Result:
     }
     claims = [Claim(lecture, *CLAIMS[lecture], *found[lecture]) for lecture in CLAIMS]
     seen = " ".join(
-        f"{name} batch norm, at rate {of['rate']:g}, the median network reads 90 % of the test digits after "
+        f"{name} batch norm, at learning rate {of['rate']:g}, the median network reaches 90 % test accuracy after "
         f"{number(bands(of['to_goal'])[1])} steps and {100 * np.median(of['accuracy'][:, -1]):.1f} % after {steps}, "
-        "and the median input of a unit in its last hidden layer strays by "
-        f"{np.median(of['stray']):.2f} of the distance between the outer percentiles."
+        "and the median input of a unit in its last hidden layer drifts by "
+        f"{np.median(of['stray']):.2f} times the distance between the outer percentiles."
         for name, of in (("With", normal), ("Without", plain))
     )
     numbers = {"steps": at, "with": normal, "without": plain}
@@ -57,9 +57,9 @@ def run(setting: Setting) -> Result:
 
 
 def train(setting: Setting, norm: str, at: list[int]) -> dict[str, Any]:
-    """Networks of one kind at every rate; what they did at the best one."""
+    """Trains networks of one kind at every rate. Returns the measurements at the best rate."""
     networks = Networks(setting, Hidden(norm=norm, activation="sigmoid"), (100, 100, 100))
-    # What the sigmoids of the last hidden layer take in: BN(W a), or W a + b.
+    # The inputs of the last hidden layer's sigmoids: BN(W a), or W a + b.
     last = networks.normalizations()[-1] if norm == "tfbn" else networks.kernels()[2]
     look = networks.probe([last])
 
@@ -77,7 +77,7 @@ def train(setting: Setting, norm: str, at: list[int]) -> dict[str, Any]:
     best = min(rates, key=lambda rate: bands(to_goal[rate])[1])
     accuracy, inputs = runs[best]  # (seeds, records) and (percentiles, seeds, units, records)
     low, middle, high = inputs
-    time = np.gradient(at)  # The records are denser at first; every step is to count the same.
+    time = np.gradient(at)  # The records are denser at first, but every step counts the same.
     centre = np.average(middle, axis=-1, weights=time)[..., np.newaxis]
     strays = np.sqrt(np.average((middle - centre) ** 2, axis=-1, weights=time))
     return {
@@ -86,7 +86,7 @@ def train(setting: Setting, norm: str, at: list[int]) -> dict[str, Any]:
         "to_goal": to_goal[best],
         "working": np.isfinite(list(to_goal.values())).mean(0),
         "stray": np.median(strays / np.average(high - low, axis=-1, weights=time), axis=-1),
-        "unit": inputs[:, 0, 0],  # the first one of the first seed
+        "unit": inputs[:, 0, 0],  # the first unit of the first seed
     }
 
 

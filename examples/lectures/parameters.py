@@ -1,11 +1,11 @@
 """What γ and β can do, and what they learn.
 
-L2: with γ = √(σ² + ε) and β = μ the layer is the identity: it can undo itself if that serves.
-L3: each hidden unit can be given the mean and spread that suit its activation, so that a sigmoid is not kept in
-its linear part; after training, γ and β differ from 1 and 0.
+L2: with γ = √(σ² + ε) and β = μ, the layer is the identity: it can undo the normalization if that helps.
+L3: γ and β give each hidden unit the mean and spread that suit its activation, so that a sigmoid is not confined
+to its linear region; after training, γ and β differ from 1 and 0.
 
-After training, γ and β of each layer are set so, and its outputs compared with its inputs. Between −1 and 1, a
-sigmoid is within 0.02 of its tangent at 0: the share of inputs beyond is counted before and after training.
+After training, sets γ and β of each layer to the values of L2, and compares its outputs with its inputs. Between −1
+and 1, a sigmoid is within 0.02 of its tangent at 0; the share of inputs outside is counted before and after training.
 """
 
 import numpy as np
@@ -17,7 +17,9 @@ from examples.lectures.setting import Setting
 from examples.models import Hidden
 
 LINEAR = 1.0
-ROUNDING = 1e-5  # of the largest input: a float32 keeps 7 digits, and a sum of 2,000 of them fewer
+ROUNDING = (
+    1e-5  # relative to the largest input: float32 has 7 digits, and a sum of 2,000 values fewer
+)
 
 
 def run(setting: Setting) -> Result:
@@ -36,37 +38,37 @@ def run(setting: Setting) -> Result:
     claims = [
         Claim(
             "L2",
-            "With γ the spread and β the mean, the layer is the identity",
-            "largest difference of output and input ÷ largest input, of all layers",
+            "With γ = √(σ² + ε) and β = μ, the layer is the identity",
+            "largest difference between output and input ÷ largest input, over all layers",
             error,
             at_most=ROUNDING,
         ),
         Claim(
             "L3",
-            "After training, γ differs from 1, by more than a tenth",
+            "After training, γ differs from 1 by more than 0.1",
             f"root mean square of γ − 1 after {steps} steps",
             np.sqrt(np.square(gamma - 1).mean(axis=(1, 2))),
             above=0.1,
         ),
         Claim(
             "L3",
-            "After training, β differs from 0, by more than a tenth of a spread",
+            "After training, β differs from 0 by more than 0.1",
             f"root mean square of β after {steps} steps",
             np.sqrt(np.square(beta).mean(axis=(1, 2))),
             above=0.1,
         ),
         Claim(
             "L3",
-            "A sigmoid is not kept in its linear part",
-            f"share of its inputs beyond ±{LINEAR:g} after training minus before, all layers",
+            "Sigmoids are not confined to their linear region",
+            f"share of their inputs beyond ±{LINEAR:g} after training minus before, over all layers",
             (after - before).mean(axis=1),
             unit="% points",
             above=0,
         ),
     ]
     seen = (
-        f"In the median network the spread of γ over the units is, from the first layer to the last, "
-        f"{listed(gamma.std(-1))}, and that of β {listed(beta.std(-1))}. Of the inputs of the sigmoids, "
+        f"In the median network, the standard deviation of γ over the units is, from the first layer to the last, "
+        f"{listed(gamma.std(-1))}, and that of β {listed(beta.std(-1))}. Of the sigmoids' inputs, "
         f"{listed(before, 0)} % lie beyond ±{LINEAR:g} before training, and {listed(after, 0)} % after it."
     )
     numbers = {"gamma": gamma, "beta": beta, "before": before, "after": after, "error": error}
@@ -74,13 +76,13 @@ def run(setting: Setting) -> Result:
 
 
 def beyond(networks: Networks) -> np.ndarray:
-    """How much of the sigmoids' inputs lies beyond their linear part, in %: (seeds, layers)."""
+    """Returns the share of the sigmoids' inputs outside their linear region, in %: (seeds, layers)."""
     inputs = networks.probe(networks.normalizations())(networks.setting.train.images[:2000], True)
     return np.stack([100 * (np.abs(z) > LINEAR).mean(axis=(1, 2)) for z in inputs], axis=1)
 
 
 def error_of_identity(networks: Networks) -> np.ndarray:
-    """How far each layer's output is from its input, γ and β set to undo it; the largest of all: (seeds,)."""
+    """Sets γ and β to undo the normalization. Returns the largest relative error over all layers: (seeds,)."""
     images = networks.setting.train.images[:2000]
     inputs = networks.probe(networks.kernels()[:-1])(images, True)
     errors = []

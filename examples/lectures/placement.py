@@ -1,9 +1,10 @@
 """Before or after the activation.
 
-L4: batch norm sits between z and the activation, or after the activation: a debate; before is the default.
+L4: whether to place batch norm before or after the activation is debated; before is the default.
 
-Networks with it before, after, and nowhere learn at several learning rates, with sigmoids and with ReLUs; each
-is shown at the rate of its highest median accuracy at the end, and its steps are those of its fastest rate.
+Trains networks with batch norm before the activation, after it, and without, at several learning rates, with
+sigmoids and with ReLUs. Each is shown at the rate with the highest final median accuracy; its number of steps is
+that of its fastest rate.
 """
 
 import numpy as np
@@ -38,7 +39,7 @@ def run(setting: Setting) -> Result:
         end = {place: one[place]["accuracy"][:, -1] for place in PLACES}
         steps = {place: one[place]["to_goal"] for place in PLACES}
         accuracy = f"test accuracy after {at[-1]} steps"
-        serves, better = "Either place serves", "Before is the better default"
+        serves, better = "Either placement works", "Before is the better default"
         table = [
             (serves, f"{accuracy}, before minus without", end["before"] - end["without"]),
             (serves, f"{accuracy}, after minus without", end["after"] - end["without"]),
@@ -53,9 +54,9 @@ def run(setting: Setting) -> Result:
         ends = [f"{np.median(end[place]):.1f} %" for place in PLACES]
         goals = [number(bands(steps[place])[1]) for place in PLACES]
         seen.append(
-            f"With {ACTIVATIONS[activation]}, after {at[-1]} steps, the median network reads {ends[0]} of the test "
-            f"digits with batch norm before the activation, {ends[1]} with it after and {ends[2]} without; "
-            f"{GOAL} % take it {goals[0]}, {goals[1]} and {goals[2]} steps."
+            f"With {ACTIVATIONS[activation]}, the median test accuracy after {at[-1]} steps is {ends[0]} with batch "
+            f"norm before the activation, {ends[1]} with batch norm after it, and {ends[2]} without; reaching "
+            f"{GOAL} % takes {goals[0]}, {goals[1]} and {goals[2]} steps."
         )
     numbers = {"steps": at, "found": found}
     return Result(
@@ -64,7 +65,7 @@ def run(setting: Setting) -> Result:
 
 
 def train(setting: Setting, hidden: Hidden, at: list[int]) -> dict[str, object]:
-    """Of one kind of network, accuracies at its best rate in %, (seeds, moments), and steps at its fastest."""
+    """Trains one kind of network. Returns the accuracies in % at its best rate, and the steps at its fastest rate."""
     networks = Networks(setting, hidden)
     runs = {}
     for rate in setting.pick(RATES, RATES[:1]):

@@ -1,10 +1,10 @@
 """Noise as a regularizer.
 
-L13: the noise of the statistics regularizes slightly; a larger mini-batch makes the effect smaller, and batch
-norm is not to be used as a regularizer.
+L13: the noise of the statistics regularizes slightly; a larger mini-batch reduces the effect, and batch norm
+should not be used as a regularizer.
 
-A smaller mini-batch makes the gradient noisier too. So that only the statistics differ, all networks learn from
-batches of 256, of which each group of m examples is normalized by itself, as if it were a mini-batch of m.
+A smaller mini-batch also makes the gradient noisier. So that only the statistics differ, all networks train on
+batches of 256, in which each group of m examples is normalized separately, as if it were a mini-batch of m.
 """
 
 from collections.abc import Callable
@@ -40,15 +40,15 @@ def run(setting: Setting) -> Result:
         Claim(
             "L13",
             "The noise regularizes, and a larger mini-batch makes the effect smaller",
-            f"growth of the gap, test loss minus training loss, with each doubling of m, of the gap at {BATCH}",
+            f"growth of the gap (test loss minus training loss) per doubling of m, relative to the gap at {BATCH}",
             100 * np.array(growth),
             unit="%",
             above=0,
         ),
         Claim(
             "L13",
-            "The effect is slight, and no substitute for a regularizer",
-            f"test accuracy gained by the best m over m = {BATCH}",
+            "The effect is slight and does not replace a regularizer",
+            f"test accuracy at the best m minus that at m = {BATCH}",
             gained,
             unit="% points",
             at_most=1,
@@ -57,17 +57,17 @@ def run(setting: Setting) -> Result:
     gaps, losses = bands(gap)[1], bands(test)[1]
     best = int(losses.argmin())
     seen = (
-        f"Normalized in groups of {sizes[0]} the median network has a gap of {gaps[0]:.4f} nats between the training "
-        f"and the test set, and normalized by the whole batch of {BATCH} one of {gaps[-1]:.4f}. The test loss is "
-        f"lowest with groups of {sizes[best]}, {losses[best]:.4f} nats, against {losses[-1]:.4f} with {BATCH} and "
-        f"{losses[0]:.4f} with {sizes[0]}."
+        f"Normalized in groups of {sizes[0]}, the median network has a gap of {gaps[0]:.4f} nats between the test and "
+        f"the training loss; normalized over the whole batch of {BATCH}, it has {gaps[-1]:.4f}. The test loss is "
+        f"lowest with groups of {sizes[best]}: {losses[best]:.4f} nats, compared with {losses[-1]:.4f} for {BATCH} "
+        f"and {losses[0]:.4f} for {sizes[0]}."
     )
     numbers = {"sizes": sizes, "training": training, "test": test, "accuracy": accuracy}
     return Result("Noise as a regularizer", claims, seen, numbers, setting.to_dict())
 
 
 def normalized_in_groups_of(size: int) -> Callable[..., Any]:
-    """How `Networks` is to build a hidden layer."""
+    """Returns the function with which `Networks` builds a hidden layer."""
 
     def hidden(a: Any, linear: Callable[..., Any], width: int) -> Any:
         normalize = tfbn.BatchNormalization(momentum=0.9, virtual_batch_size=size)
@@ -77,7 +77,7 @@ def normalized_in_groups_of(size: int) -> Callable[..., Any]:
 
 
 def cross_entropy(networks: Networks, images: Images) -> np.ndarray:
-    """The mean loss of each network in inference mode, over 10,000 images at most."""
+    """Returns the mean loss of each network in inference mode, over at most 10,000 images."""
     (logits,) = networks.probe([networks.model])(images.images[:10000])
     labels = np.tile(images.labels[:10000], (networks.number, 1))
     losses = keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)

@@ -1,4 +1,4 @@
-"""Numbers over seeds, claims about them, and whether the numbers bear a claim out."""
+"""Numbers over seeds, claims about them, and the verdict on each claim."""
 
 import dataclasses
 import json
@@ -12,20 +12,20 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """What a lecture claims, as a number for each seed and the range where the claim wants it.
+    """A claim of a lecture: a number for each seed, and the range that the claim predicts.
 
-    It is borne out where the median and both quartiles over the seeds lie in the range, not borne out where
-    none of them does, and undecided otherwise. NaN lies in no range, infinity in each that has no upper end.
-    To compare with and without, take the difference or ratio within each seed.
+    The claim is borne out if the median and both quartiles over the seeds lie in the range, not borne out if
+    none of them does, and undecided otherwise. NaN lies in no range; infinity lies in every range without an
+    upper bound. To compare with and without, take the difference or ratio within each seed.
 
     Attributes:
-        lecture: As "L9".
-        claim: What the lecture claims, in half a sentence.
-        measured: What the number is, in half a sentence.
-        values: One for each seed.
-        unit: Of the values, as they are printed: "%", "steps", "×", or "" for none.
-        above: The number is to be larger than this.
-        at_most: And at most this.
+        lecture: The claim's label, such as "L9".
+        claim: The claim, in half a sentence.
+        measured: What is measured, in half a sentence.
+        values: The number for each seed.
+        unit: The printed unit of the values: "%", "steps", "×", or "" for none.
+        above: The claim predicts a number above this.
+        at_most: The claim predicts a number of at most this.
     """
 
     lecture: str
@@ -40,19 +40,19 @@ class Claim:
         object.__setattr__(self, "values", [float(value) for value in self.values])
         if self.above == -math.inf and self.at_most == math.inf:
             raise ValueError(
-                "A claim that no number could contradict is none. "
+                "A claim must have a range that a number could miss. Pass `above`, `at_most`, or both. "
                 f"Received: {self.measured!r} with neither `above` nor `at_most`."
             )
 
     @property
     def quartiles(self) -> tuple[float, float, float]:
-        """25 %, median, 75 % over the seeds."""
+        """The first quartile, the median and the third quartile over the seeds."""
         low, median, high = bands(self.values)
         return float(low), float(median), float(high)
 
     @property
     def verdict(self) -> str:
-        """As the numbers have it."""
+        """The verdict that follows from the numbers."""
         inside = [self.above < value <= self.at_most for value in self.quartiles]
         if all(inside):
             return "borne out"
@@ -61,15 +61,15 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What an experiment found.
+    """The results of an experiment.
 
     Attributes:
-        title: Of the picture and on the page.
-        claims: With their numbers.
-        seen: Two sentences on what is seen, made of the numbers.
-        numbers: All that the picture is drawn from: nested dicts and lists of numbers and texts. Arrays become
-            lists. What is measured for each seed has the seeds as its first axis.
-        setting: `Setting.to_dict()`.
+        title: The title of the figure and of its section on the page.
+        claims: The claims, with their numbers.
+        seen: Two sentences that state the numbers.
+        numbers: Everything that the figure is drawn from: nested dicts and lists of numbers and strings. Arrays
+            become lists. Measurements for each seed have the seeds as their first axis.
+        setting: The result of `Setting.to_dict()`.
     """
 
     title: str
@@ -79,7 +79,7 @@ class Result:
     setting: dict[str, Any]
 
     def save(self, path: Path) -> None:
-        """Writes it as JSON, with the quartiles and the verdict of each claim beside its values."""
+        """Saves the results as JSON, with the quartiles and the verdict of each claim beside its values."""
         content = dataclasses.asdict(self)
         for claim, entry in zip(self.claims, content["claims"], strict=True):
             entry |= {"quartiles": claim.quartiles, "verdict": claim.verdict}
@@ -87,7 +87,7 @@ class Result:
 
     @classmethod
     def load(cls, path: Path) -> "Result":
-        """Reads it back; the verdicts are computed anew."""
+        """Loads saved results. The verdicts are computed again."""
         content = _parsed(json.loads(path.read_text()))
         names = {field.name for field in dataclasses.fields(Claim)}
         content["claims"] = [
@@ -98,9 +98,9 @@ class Result:
 
 
 def bands(values: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """25 %, median, 75 % over the seeds, the first axis, for each place on the other axes.
+    """Returns the first quartile, the median and the third quartile over the first axis, the seeds.
 
-    Of the order statistics, with no value in between, so that one of them may be infinite.
+    They are order statistics, without interpolation, so that values may be infinite.
     """
     values = np.asarray(values, float)
     low, median, high = np.percentile(values, (25, 50, 75), axis=0, method="nearest")
@@ -108,26 +108,26 @@ def bands(values: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def ratio(dividend: Any, divisor: Any) -> np.ndarray:
-    """Of steps until something happened, which may be ∞: 1 where it happened in neither."""
+    """Divides numbers of steps, which may be ∞. The ratio of ∞ to ∞ is 1."""
     dividend, divisor = np.broadcast_arrays(np.asarray(dividend, float), np.asarray(divisor, float))
     neither = np.isinf(dividend) & np.isinf(divisor)
     return np.where(neither, 1.0, dividend / np.where(neither, 1.0, divisor))
 
 
 def first_step(steps: Sequence[int], accuracy: Any, goal: float) -> np.ndarray:
-    """The first of the recorded steps at which each network has the accuracy, or ∞.
+    """Returns the first recorded step at which each network reaches the accuracy, or ∞.
 
     Args:
-        steps: When it was recorded, (records,).
-        accuracy: (networks, records).
-        goal: From 0 to 1.
+        steps: The recorded steps, of shape (records,).
+        accuracy: The accuracies, of shape (networks, records).
+        goal: The accuracy to reach, from 0 to 1.
     """
     there = np.asarray(accuracy) >= goal
     return np.where(there.any(-1), np.asarray(steps, float)[there.argmax(-1)], np.inf)
 
 
 def number(value: float) -> str:
-    """As text: three digits, fewer where they say nothing."""
+    """Formats a number with at most three significant digits."""
     if math.isinf(value) or math.isnan(value):
         return str(value).replace("inf", "∞").replace("-", "−")
     if value == round(value) and abs(value) < 1e5:
@@ -140,7 +140,7 @@ def number(value: float) -> str:
 
 
 def _plain(content: Any) -> Any:
-    """As JSON can hold it: ∞ and NaN as text, numbers with six digits."""
+    """Converts to JSON's types: ∞ and NaN to strings, and numbers to six digits."""
     if isinstance(content, dict):
         return {str(name): _plain(value) for name, value in content.items()}
     if isinstance(content, np.ndarray):
@@ -155,7 +155,7 @@ def _plain(content: Any) -> Any:
 
 
 def _parsed(value: Any) -> Any:
-    """Turns the texts of ∞ and NaN back."""
+    """Converts the strings for ∞ and NaN back to numbers."""
     if isinstance(value, dict):
         return {name: _parsed(part) for name, part in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What an experiment is run on: the data, the seeds, and whether it is in earnest."""
+"""The setting of an experiment: the data, the seeds, and whether it is a quick trial."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Images(NamedTuple):
-    """Flat images, float32 in [0, 1], (number, pixels), and their labels, int64, (number,)."""
+    """Flattened images, float32 in [0, 1] of shape (number, pixels), and their labels, int64 of shape (number,)."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -18,12 +18,12 @@ class Images(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What the command line says.
+    """The options of the command line.
 
     Attributes:
-        dataset: Of `examples.datasets.DATASETS`.
-        seeds: Over how many seeds each number is measured.
-        quick: Whether the experiment is to be tried only, in seconds.
+        dataset: One of `examples.datasets.DATASETS`.
+        seeds: The number of seeds for each measurement.
+        quick: Whether this is a trial run of a few seconds.
     """
 
     dataset: str = "digits"
@@ -31,7 +31,7 @@ class Setting:
     quick: bool = False
 
     def pick(self, full: T, quick: T) -> T:
-        """The first in earnest, the second with `--quick`."""
+        """Returns the first value for a full run, and the second with `--quick`."""
         return quick if self.quick else full
 
     @property
@@ -46,11 +46,11 @@ class Setting:
 
     @property
     def pixels(self) -> int:
-        """Inputs of a network."""
+        """The number of inputs of a network."""
         return self.train.images.shape[1]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Returns the setting in plain types for JSON."""
         return dataclasses.asdict(self)
 
 

@@ -1,10 +1,10 @@
 """A shifted input.
 
-L12: a classifier of black cats fails on coloured cats, as the distribution of its input has moved.
+L12: a classifier trained on black cats fails on coloured cats, because the distribution of its input has shifted.
 
-`examples.domain_shift` trains a network with batch norm on white digits on black and takes it to other colours:
-with the statistics of its training, and with statistics of the new images (`tfbn.recalibrate`), whose labels it
-does not see. Always on the digits that come with scikit-learn.
+`examples.domain_shift` trains a network with batch norm on white digits on black, and tests it on other colours:
+with its training statistics, and with statistics of the new images (`tfbn.recalibrate`), without their labels. It
+always uses the digits that come with scikit-learn.
 """
 
 import numpy as np
@@ -28,7 +28,7 @@ def run(setting: Setting) -> Result:
     claims = [
         Claim(
             "L12",
-            "A network fails where the distribution of its input has moved",
+            "A network fails when the distribution of its input has shifted",
             f"test accuracy on {HOME} minus that on other colours, mean of {len(AWAY)}",
             fall[:, 1:].mean(axis=1),
             unit="% points",
@@ -38,8 +38,8 @@ def run(setting: Setting) -> Result:
     claims += [
         Claim(
             "L12",
-            f"Statistics of the new images bring it back: {domain}",
-            "share of the fall that they undo",
+            f"Statistics of the new images restore the accuracy: {domain}",
+            "share of the lost accuracy that they restore",
             undone[:, index],
             unit="%",
             above=50,
@@ -48,10 +48,9 @@ def run(setting: Setting) -> Result:
     ]
     before, after = bands(fixed)[1], bands(renewed)[1]
     seen = (
-        f"The median network reads {before[0]:.1f} % of the {HOME} test digits, and with the statistics of its "
-        "training "
+        f"The median test accuracy is {before[0]:.1f} % for {HOME} digits. With the training statistics, it is "
         + listed(before)
-        + ". With those of the new images it reads "
+        + ". With statistics of the new images, it is "
         + listed(after)
         + "."
     )

@@ -1,12 +1,12 @@
 """Test time.
 
-L7: at test time a batch's own statistics make no sense. The same example in another batch would be given another
-answer; and one example alone is its own mean, so that its ẑ is 0 whatever it shows. By fixed statistics, a
-prediction depends on the example alone.
+L7: batch statistics make no sense at test time. The same example would get another prediction in another batch,
+and a single example is its own mean, so that its ẑ is 0 whatever it shows. With fixed statistics, a prediction
+depends on its own example only.
 
-One test image is put into many mini-batches of 60, and the network's score (logit) for its digit is read by the
-statistics of each, in training mode, and by fixed ones, in inference mode. Then test images are read in batches
-of different sizes.
+Places one test image in many mini-batches of 60, and records the network's score (logit) for its digit with the
+statistics of each batch, in training mode, and with fixed statistics, in inference mode. Then measures the test
+accuracy in batches of different sizes.
 """
 
 import numpy as np
@@ -18,7 +18,10 @@ from examples.lectures.setting import Setting
 from examples.models import Hidden
 
 SIZES = (1, 2, 4, 12, 40, 120, 360)
-MODES = {"batch": True, "fixed": False}  # by whose statistics, and whether that is training mode
+MODES = {
+    "batch": True,
+    "fixed": False,
+}  # whose statistics are used, and whether that is training mode
 
 
 def run(setting: Setting) -> Result:
@@ -35,10 +38,10 @@ def run(setting: Setting) -> Result:
     ]
     scores, accuracy = {}, {}
     for key, training in MODES.items():
-        # Of the image that is the first of each batch: (seeds, batches).
+        # The logits of the first image of each batch: (seeds, batches).
         logits = [read(images[batch], training)[0][:, 0] for batch in batches]
         scores[key] = np.stack(logits, axis=1)[..., labels[0]]
-        # Of all, cut into batches of each size: (seeds, sizes).
+        # The accuracy over all images, in batches of each size: (seeds, sizes).
         cut = [
             [read(part, training)[0] for part in np.split(images, len(images) // m)] for m in sizes
         ]
@@ -48,21 +51,21 @@ def run(setting: Setting) -> Result:
     claims = [
         Claim(
             "L7",
-            "By a batch's own statistics, an example has another answer in another batch",
+            "With batch statistics, a prediction depends on the other examples in the batch",
             f"largest minus smallest score of one image in {len(batches)} mini-batches, training mode",
             spread["batch"],
             above=0,
         ),
         Claim(
             "L7",
-            "By fixed statistics, a prediction depends on the example alone",
+            "With fixed statistics, a prediction depends on its own example only",
             f"largest minus smallest score of one image in {len(batches)} mini-batches, inference mode",
             spread["fixed"],
             at_most=0,
         ),
         Claim(
             "L7",
-            "One example at a time, its own statistics make no sense",
+            "Batch statistics make no sense for one example at a time",
             "test accuracy in batches of one, inference mode minus training mode",
             accuracy["fixed"][:, 0] - accuracy["batch"][:, 0],
             unit="% points",
@@ -71,11 +74,10 @@ def run(setting: Setting) -> Result:
     ]
     medians = {key: bands(accuracy[key])[1] for key in MODES}
     seen = (
-        f"The score of one test image scatters over {np.median(spread['batch']):.2g} between mini-batches of 60 in "
-        f"training mode, and over {np.median(spread['fixed']):.2g} in inference mode. In batches of one the median "
-        f"network reads {medians['batch'][0]:.1f} % of the test images by their own statistics and "
-        f"{medians['fixed'][0]:.1f} % by fixed ones, and in a batch of {SIZES[-1]} {medians['batch'][-1]:.1f} % and "
-        f"{medians['fixed'][-1]:.1f} %."
+        f"Over mini-batches of 60, the range of one test image's score is {np.median(spread['batch']):.2g} in "
+        f"training mode and {np.median(spread['fixed']):.2g} in inference mode. In batches of one, the median test "
+        f"accuracy is {medians['batch'][0]:.1f} % with batch statistics and {medians['fixed'][0]:.1f} % with fixed "
+        f"statistics; in a batch of {SIZES[-1]}, it is {medians['batch'][-1]:.1f} % and {medians['fixed'][-1]:.1f} %."
     )
     numbers = {"scores": scores, "sizes": sizes, "accuracy": accuracy}
     return Result("Test time", claims, seen, numbers, setting.to_dict())
