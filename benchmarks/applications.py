@@ -26,14 +26,16 @@ RESULTS = ROOT / "docs/applications.json"
 PAGE = RESULTS.with_suffix(".md")
 SIZE = 96
 BAR = 1e-4
-"""How far a folded network's outputs may be from the network's, of the largest output."""
+"""The largest allowed change of a folded network's outputs, relative to the largest output."""
 SECONDS = 900.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_line.parser("benchmarks.applications", __doc__)
-    parser.add_argument("networks", nargs="*", metavar="NETWORK", help="of keras.applications")
-    parser.add_argument("--here", action="store_true", help="one network, in this process, as JSON")
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help="any of keras.applications")
+    parser.add_argument(
+        "--here", action="store_true", help="measure one network in this process and print JSON"
+    )
     options = parser.parse_args(arguments)
     if options.here:
         print(json.dumps(measured(*options.networks)))
@@ -108,7 +110,9 @@ def measured(name: str, size: int = SIZE) -> dict[str, Any]:
         identical = identical and np.array_equal(old.numpy(), new.numpy())
     identical = identical and np.array_equal(_outputs(back, images), expected)
     del back
-    folded = tfbn.fold(stock, images, tolerance=1.0)  # The page lists those above the tolerance.
+    folded = tfbn.fold(
+        stock, images, tolerance=1.0
+    )  # The page lists the networks above the tolerance.
     after = _outputs(folded, images)
     outcomes = Counter(str(row.outcome) for row in folded.report.rows)
     behind = directly_behind(stock)
@@ -156,13 +160,13 @@ def _outputs(model: Any, images: Any) -> Any:
 
 
 def _difference(outputs: Any, expected: Any) -> float:
-    """The largest, of the largest output."""
+    """Returns the largest difference relative to the largest output."""
     return float(abs(outputs - expected).max() / abs(expected).max())
 
 
 @contextlib.contextmanager
 def _float64() -> Iterator[None]:
-    """Builds networks inside the context with float64 weights and computations."""
+    """Inside the context, networks are built with float64 weights and computations."""
     import keras
 
     floatx, policy = keras.config.floatx(), keras.config.dtype_policy()

@@ -1,12 +1,12 @@
-"""Diagnoses broken and healthy trainings, and writes down how many findings are right.
+"""Diagnoses broken and healthy training runs, and records how many findings are right.
 
     python -m benchmarks.diagnosis                                    # all: many hours on two cores
     python -m benchmarks.diagnosis small --seeds 0 1 2                # one network: half an hour
     python -m benchmarks.diagnosis resnet20 --layers keras --cases surgery pruning
 
-What is in `docs/diagnosis.json` already is not run again, unless with --again. Each network, layer and seed
-has a process of its own. Writes `docs/diagnosis.json`, and from that `docs/diagnosis.md`. The trainings
-are in `tests/harness/broken_trainings.py`.
+Skips what `docs/diagnosis.json` already contains, unless --again is passed. Each network, layer and seed runs in
+its own process. Writes `docs/diagnosis.json`, and generates `docs/diagnosis.md` from it. The training runs are
+in `tests/harness/broken_trainings.py`.
 """
 
 import collections
@@ -36,13 +36,13 @@ Result = dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_line.parser("benchmarks.diagnosis", __doc__)
-    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {NETWORKS}")
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"any of {NETWORKS}")
     parser.add_argument("--layers", nargs="+", default=LAYERS, choices=LAYERS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--cases", nargs="+", default=(), metavar="CASE", help="only these")
-    parser.add_argument("--again", action="store_true", help="run what is there already, too")
+    parser.add_argument("--again", action="store_true", help="also run what has results already")
     parser.add_argument("--page", action="store_true", help="only write the page")
-    parser.add_argument("--here", help="for the processes that this starts")
+    parser.add_argument("--here", help="used by the processes that this starts")
     options = parser.parse_args(arguments)
     if options.here:
         _here(*json.loads(options.here))
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _in_a_process(
     network: str, layer: str, seed: int, cases: Sequence[str], done: Sequence[str]
 ) -> Iterator[Result]:
-    """The results of a process, as it finds them."""
+    """Runs a new process, and yields its results as they come."""
     task = json.dumps([network, layer, seed, list(cases), list(done)])
     command = [sys.executable, "-m", "benchmarks.diagnosis", "--here", task]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -98,7 +98,7 @@ def _here(network: str, layer: str, seed: int, names: Sequence[str], done: Seque
 
 
 def judged(lab: Any, case: Any) -> Result:
-    """Trains, diagnoses, applies the cure, and writes down what came of it."""
+    """Trains, diagnoses, applies the cure, and returns the outcome."""
     import broken_trainings
     import tfbn
 
@@ -135,7 +135,7 @@ def _number(value: float) -> float | None:
 
 
 def cure_works(result: Result) -> bool:
-    """Whether the cure that was printed lowers the loss on examples that it has not seen."""
+    """Returns whether the printed cure lowers the loss on held-out examples."""
     before, after = (result[when]["loss"] for when in ("before", "after"))
     return after is not None and (before is None or after < before)
 
@@ -175,7 +175,7 @@ def _line(result: Result) -> str:
 
 
 def page(run: dict[str, Any]) -> str:
-    """The page of the docs."""
+    """Formats the page of the documentation."""
     found = run["results"]
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     broken = [r for r in found if r["expected"]]

@@ -27,7 +27,7 @@ KEEP = {
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "MALLOC_TOP_PAD_": str(64 * 2**20),
 }
-"""glibc keeps what is freed: else it hands large blocks back to Linux, which hands them out anew page by page."""
+"""Makes glibc keep freed memory. Otherwise it returns large blocks to Linux, which maps them again page by page."""
 
 
 def of_workers(threads: int, keep_memory: bool) -> dict[str, str]:

@@ -19,7 +19,7 @@ from tfbn._normalize.kernel import Normalization
 
 
 class CompiledFormula(formula.Formula):
-    """The formula, each pass compiled by XLA on its own."""
+    """Uses the formula, with each pass compiled by XLA separately."""
 
     def forward(self, *inputs: Any) -> Any:
         return tf.function(super().forward, jit_compile=True, autograph=False)(*inputs)
@@ -49,6 +49,6 @@ class Formula(_Chosen):
 
 
 class Compiled(_Chosen):
-    """By the same operations, each pass compiled by XLA, also where the graph around it is not."""
+    """Uses the same operations, with each pass compiled by XLA even if the surrounding graph is not."""
 
     kernel = CompiledFormula

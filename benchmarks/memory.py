@@ -19,7 +19,7 @@ def resident() -> float | None:
 
 
 def peak(run: Callable[[], Any]) -> float | None:
-    """Megabytes that this process holds at most while ``run`` runs; None where that cannot be known.
+    """Returns this process's peak megabytes while ``run`` runs; None if they cannot be measured.
 
     The C library keeps memory that was freed, for the next to ask. Here it gives each larger block
     back at once, so that what is held is what is used. That is slow: time something else. What the
@@ -32,15 +32,15 @@ def peak(run: Callable[[], Any]) -> float | None:
     c_library.mallopt(M_MMAP_THRESHOLD, SMALL)
     c_library.mallopt(M_TRIM_THRESHOLD, SMALL)
     try:
-        run()  # The blocks that are kept from step to step move out of the kept memory.
+        run()  # Blocks that persist between steps move out of the retained memory.
         c_library.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # The peak starts from what is held now.
+        Path("/proc/self/clear_refs").write_text("5")  # Resets the peak to the current value.
         run()
         return _status("VmHWM")
     except OSError:
         return None
     finally:
-        # Left alone, glibc would have come to these limits when large blocks were freed.
+        # By default, glibc reaches these limits when large blocks are freed.
         for option, variable, default in (
             (M_MMAP_THRESHOLD, "MALLOC_MMAP_THRESHOLD_", 32 * MEGABYTE),
             (M_TRIM_THRESHOLD, "MALLOC_TRIM_THRESHOLD_", 64 * MEGABYTE),

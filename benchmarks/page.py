@@ -1,4 +1,4 @@
-"""The results on the page of numbers and in README: written between markers from the JSON files they name.
+"""Writes results into the page of numbers and README, between markers that name the JSON files.
 
 Usage:
     python -m benchmarks.page
@@ -25,7 +25,7 @@ COLUMNS = {"keras": "Keras 3", "tf_keras": "tf_keras (Keras 2)", "torch": "PyTor
 def rendered(
     text: str, root: Path = ROOT, show: Callable[[dict[str, Any]], str] | None = None
 ) -> str:
-    """The text with everything between markers replaced by `show` of the run, by default its `section`."""
+    """Replaces the text between markers by `show(run)`, by default `section(run)`."""
 
     def replace(match: re.Match[str]) -> str:
         begin, name, _, end = match.groups()
@@ -35,7 +35,7 @@ def rendered(
 
 
 def section(run: dict[str, Any]) -> str:
-    """The tables of a run on the page of numbers. A part without results is left out."""
+    """Formats a run for the page of numbers. Parts without results are left out."""
     if run.get("suite") == "serving":
         return serving.section(run)
     parts = [setting(run), _layers(run), _ratios(run), _models(run)]
@@ -43,7 +43,7 @@ def section(run: dict[str, Any]) -> str:
 
 
 def figures(run: dict[str, Any]) -> str:
-    """The three figures that README quotes: how much faster a layer and two networks train."""
+    """Formats the three figures that README quotes: the training speedup of the layer and of two networks."""
     kind = {"phase": "train", "mode": "graph", "precision": "float32"}
     layers = ratios(select(run, suite="layers", **kind), "keras", OURS)
     networks = ratios(select(run, suite="models", **kind), "keras", OURS)
@@ -116,7 +116,7 @@ def _models(run: dict[str, Any]) -> str:
 
 
 def _number(number: float | None) -> str:
-    """Three digits, or a dash where nothing was measured."""
+    """Formats a number with three digits, or a dash if nothing was measured."""
     return "–" if number is None else f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 

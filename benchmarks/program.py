@@ -8,27 +8,27 @@ from typing import Any
 import numpy as np
 
 WARM_STEPS = 3
-# Steps shorter than this are timed several at once: so short a time says more of the clock, and on
-# a GPU of the way there and back, than of the work.
+# Steps shorter than this are timed in groups: such a short time measures the clock, or on a GPU the
+# round trip, rather than the work.
 SAMPLE_SECONDS = {"cpu": 0.005, "gpu": 0.05}
 
 
 class LeftOut(Exception):
-    """The contender does not take part, in one case or at all; the message says why."""
+    """Raised if a contender skips a case, or all cases; the message says why."""
 
 
 @dataclass
 class Program:
-    """What a worker times.
+    """A program that a worker times.
 
     Attributes:
-        step: Runs one step on data that is where the step needs it; returns all results.
-        wait: Returns when the device has done all work.
+        step: Runs one step on data that is already on the device; returns all results.
+        wait: Blocks until the device has finished all work.
         values: Some of the results of a step, by name, for comparing contenders.
         parts: How many layers (or passes) a step has: times are divided by it.
         device: "cpu" or "gpu".
-        trace_seconds: What tracing took, where there is any.
-        peak: Runs a function and returns the megabytes that the program holds at most meanwhile.
+        trace_seconds: How long tracing took, if there is any.
+        peak: Runs a function and returns the program's peak memory in megabytes.
     """
 
     step: Callable[[], Any]
@@ -42,7 +42,7 @@ class Program:
     _step_seconds: float = 0.0
 
     def start(self, warm_seconds: float) -> dict[str, Any]:
-        """Runs the first step, which compiles, then warms up; returns what the first one gave."""
+        """Runs the first step, which compiles, then warms up; returns the results of the first step."""
         begin = time.perf_counter()
         result = self.step()
         self.wait()
@@ -66,8 +66,8 @@ class Program:
         return {} if megabytes is None else {"peak_mb": megabytes}
 
     def turn(self, seconds: float) -> list[float]:
-        """Milliseconds a part, from samples that take about ``seconds`` in all, two at least."""
-        self._timed(1)  # Other contenders have used the caches since the last turn.
+        """Returns milliseconds per part, from at least two samples that take about ``seconds`` in total."""
+        self._timed(1)  # Refill the caches, which other contenders have used since the last turn.
         count = max(2, round(seconds / (self._steps * self._step_seconds)))
         return [1e3 * self._timed(self._steps) / self.parts for _ in range(count)]
 

@@ -15,7 +15,7 @@ from benchmarks.cases import Case, described
 from benchmarks.program import LeftOut
 
 IMPORT_SECONDS, START_SECONDS, TURN_SECONDS = 180.0, 300.0, 120.0
-"""How long a worker may take for what it is asked, before it is ended."""
+"""The time limit in seconds for a worker's answer."""
 
 
 class Failed(Exception):

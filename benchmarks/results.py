@@ -64,7 +64,7 @@ def value(result: dict[str, Any], contender: str, key: str = "ms") -> float | No
 def ratios(
     results: Iterable[dict[str, Any]], over: str, under: str, key: str = "ms"
 ) -> dict[str, float]:
-    """By subject, how many times as much ``over`` took as ``under``; cases that both have run."""
+    """Returns the ratio of ``over`` to ``under`` by subject, for cases that both ran."""
     found = {}
     for result in results:
         above, below = value(result, over, key), value(result, under, key)

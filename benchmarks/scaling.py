@@ -44,7 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line.parser("benchmarks.scaling", __doc__)
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument(
-        "--shape", type=int, nargs="+", default=[32, 28, 28, 64], help="of a replica's batch"
+        "--shape",
+        type=int,
+        nargs="+",
+        default=[32, 28, 28, 64],
+        help="the shape of a replica's batch",
     )
     parser.add_argument("--depth", type=int, default=4, help="layers in the stack")
     parser.add_argument("--turns", type=int, default=15, help="turns per contender")

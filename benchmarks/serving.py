@@ -25,10 +25,10 @@ from benchmarks.applications import built
 from benchmarks.tables import table
 
 NETWORKS = {"MobileNetV2": (8, 1.4), "EfficientNetB0": (8, 1.2), "ResNet50": (4, 1.15)}
-"""The batch size, and how many times as fast as the stock model the folded one has to be."""
+"""The batch size, and the required speedup of the folded model over the stock model."""
 SIZE = 128
 MOST_BEHIND = 1.03
-"""How many times as long as the network without batch normalization a folded one may take."""
+"""The largest allowed time of a folded network, relative to the network without batch normalization."""
 KINDS = ["stock", "folded", "bare", "tfbn", "bare tfbn"]
 RATIOS = [("stock", "folded"), ("stock", "tfbn"), ("folded", "bare"), ("tfbn", "bare tfbn")]
 
@@ -39,10 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=60, help="turns per contender")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--models", type=Path, help="keep the SavedModels here, or take them from here"
+        "--models", type=Path, help="save the SavedModels here, or load them from here"
     )
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/serving.json"))
-    parser.add_argument("--export-only", action="store_true", help="do not measure yet")
+    parser.add_argument(
+        "--export-only", action="store_true", help="export the models without measuring them"
+    )
     options = parser.parse_args(arguments)
     found = results.by_network(options.output)
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +135,7 @@ def line(result: dict[str, Any]) -> str:
 
 
 def section(run: dict[str, Any]) -> str:
-    """The table of a run on the page of numbers."""
+    """Formats a run as a table for the page of numbers."""
     e = run["environment"]
     versions = ", ".join(f"{n} {e['versions'][n]}" for n in ("tensorflow", "keras"))
     rows = []

@@ -1,9 +1,9 @@
-"""Measures what care for the moving statistics costs: a pass of `tfbn.recalibrate`, and the check of every batch.
+"""Measures what maintaining the moving statistics costs: `tfbn.recalibrate`, and the check of every batch.
 
     python -m benchmarks.statistics                  # ResNet-20: a minute or two
     python -m benchmarks.statistics --batch 128 --turns 20
 
-Whoever is compared runs in the same process and in turns; a ratio is the median of those of all turns.
+Contenders take turns in the same process; a ratio is the median over all turns.
 """
 
 import time
@@ -21,9 +21,9 @@ from tfbn._layer import moving_average
 from tfbn._moments.moments import Moments
 
 MORE = 20
-"""How many times as much data must not take more memory."""
+"""Recalibrating on this many times as much data must not take more memory."""
 UPDATES = 20
-"""How often the averages are moved in a turn: once takes too short a time to be measured."""
+"""How often a turn updates the averages: a single update is too short to measure."""
 NORMS = {"keras": keras.layers.BatchNormalization, "tfbn": tfbn.BatchNormalization}
 
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line.parser("benchmarks.statistics", __doc__)
     parser.add_argument("--batch", type=int, default=64, help="images in a batch")
     parser.add_argument("--batches", type=int, default=8, help="batches in a pass")
-    parser.add_argument("--turns", type=int, default=15, help="how often each has its turn")
+    parser.add_argument("--turns", type=int, default=15, help="turns per contender")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     tf.config.threading.set_intra_op_parallelism_threads(options.threads)
@@ -47,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def recalibration(model: keras.Model, data: tf.data.Dataset, turns: int) -> list[str]:
-    """A pass of each kind against one that only runs the model in inference mode, and what is done once.
+    """Compares a pass of each kind with a pass of inference, and measures the one-time cost.
 
-    Recalibrating on the data twice over takes one pass more, and traces the model as often.
+    Recalibrating on the data repeated twice takes one more pass, and traces the model equally often.
     """
     infer = tf.function(lambda x: model(x, training=False), autograph=False)
 
@@ -72,27 +72,27 @@ def recalibration(model: keras.Model, data: tf.data.Dataset, turns: int) -> list
         times = float(np.median(one_pass / seconds["inference"]))
         fixed = float(np.median(seconds["once"] - one_pass))
         lines.append(
-            f'upstream="{upstream}": a pass takes {times:.2f} of an inference pass, and what is done once '
-            f"{fixed:.2f} s"
+            f'upstream="{upstream}": a pass takes {times:.2f} times as long as an inference pass, plus '
+            f"{fixed:.2f} s once"
         )
     return lines
 
 
 def peaks(model: keras.Model, data: tf.data.Dataset) -> str:
-    """What the process holds at most while it recalibrates on little and on much data."""
+    """Measures the peak memory of recalibrating on little and on much data."""
 
     def held(times: int) -> str:
         repeated = data.repeat(times)
         peak = memory.peak(lambda: tfbn.recalibrate(model, repeated, upstream="batch"))
-        return "what is not known here" if peak is None else f"{peak:.0f} MB"
+        return "an unknown amount" if peak is None else f"{peak:.0f} MB"
 
-    return f"it holds at most {held(1)}, and on {MORE} times as much data {held(MORE)}"
+    return f"peak memory {held(1)}; on {MORE} times as much data {held(MORE)}"
 
 
 def check(model: keras.Model, images: tf.Tensor, turns: int) -> str:
-    """What the look at the moments of each batch adds to a training step.
+    """Measures what checking the moments of each batch adds to a training step.
 
-    The step's own times scatter by more: measured is what moves the averages of all layers, with and without.
+    The step's own time varies by more than that, so this times the update of all layers, with and without the check.
     """
     layers = [layer for layer in model.layers if isinstance(layer, tfbn.BatchNormalization)]
 
@@ -109,23 +109,23 @@ def check(model: keras.Model, images: tf.Tensor, turns: int) -> str:
         function = tf.function(update, autograph=False)
         return lambda: [function() for _ in range(UPDATES)][-1]
 
-    runs: dict[str, Callable[[], Any]] = {"looking": updates(), "blind": updates()}
-    runs["looking"]()
+    runs: dict[str, Callable[[], Any]] = {"checked": updates(), "unchecked": updates()}
+    runs["checked"]()
     with mock.patch.object(moving_average, "can_update", return_value=True):
-        runs["blind"]()  # Traced now, it is blind ever after.
+        runs["unchecked"]()  # Tracing it now leaves the check out for good.
     seconds = measured(runs | {"step": tf.function(step, autograph=False)}, 4 * turns)
     medians = {name: float(np.median(values)) for name, values in seconds.items()}
-    cost = (medians["looking"] - medians["blind"]) / UPDATES
+    cost = (medians["checked"] - medians["unchecked"]) / UPDATES
     return (
-        f"the look at the moments takes {1e6 * cost / len(layers):.1f} µs a layer, "
+        f"checking the moments takes {1e6 * cost / len(layers):.1f} µs a layer, "
         f"{100 * cost / medians['step']:.2f} % of a training step (at most 2)"
     )
 
 
 def measured(runs: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
-    """Seconds of each run in each turn. Who is first in one turn is last in the next."""
+    """Returns the seconds of each run in each turn. The order alternates between turns."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(-2, turns):  # Two to warm up.
+    for turn in range(-2, turns):  # Two warm-up turns.
         for name in list(runs)[:: 1 if turn % 2 else -1]:
             begin = time.perf_counter()
             runs[name]()

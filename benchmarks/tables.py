@@ -8,8 +8,8 @@ from benchmarks.results import geometric_mean, ratios, select, value
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PASSES = {"train": 8, "infer": 2}
-"""How often a tensor of the size of the input is read or written, at least: in training x twice and y once,
-then x and dy twice and dx once; in inference x once and y once. A pass in place is one read and one write."""
+"""The minimum number of reads and writes of tensors of the input's size. Training reads x twice and writes y, then
+reads x and dy twice and writes dx; inference reads x and writes y. A pass in place is one read and one write."""
 
 
 def document(run: dict[str, Any]) -> str:

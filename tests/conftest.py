@@ -54,14 +54,18 @@ CPUS = [name for name in _devices() if name.startswith("CPU")]
 LONG = [
     "_statistics/diagnose/test_findings",
     "_training/test_replicas",
-    "_training/test_workers",
-    "_statistics/test_recalibrate",
     "_layer/test_replicas",
     "examples/test_train_digits",
-    "benchmarks/test_benchmarks",
-    "_layer/test_parity",
-    "_statistics/test_recalibrate_workers",
     "examples/test_lectures_gallery_laws",
+    "benchmarks/test_benchmarks",
+    "_statistics/test_recalibrate",
+    "_layer/test_parity",
+    "_layer/test_replicas_models",
+    "examples/test_lectures_gallery",
+    "examples/test_train_workers",
+    "_training/test_workers",
+    "_training/test_resume",
+    "_statistics/test_recalibrate_workers",
 ]
 # To count lines makes tests take a third longer. What these files reach of tfbn, others reach too;
 # so it is with the single tests that are marked `no_cover`.

@@ -37,7 +37,7 @@ def test_a_line_for_each_kind_of_recalibration():
     assert 'upstream="batch": a pass takes ' in batch
     assert 'upstream="population": a pass takes ' in population
     assert [len(numbers(line)) for line in (batch, population)] == [2, 2]
-    assert "it holds at most" in statistics.peaks(network(), data)
+    assert "peak memory " in statistics.peaks(network(), data)
 
 
 def test_the_check_is_measured_against_updates_without_it(monkeypatch):
@@ -51,11 +51,11 @@ def test_the_check_is_measured_against_updates_without_it(monkeypatch):
                 model.layers[0].beta.assign([np.nan] * 3)
                 run()
                 seen[name] = np.isfinite(model.layers[0].moving_mean.numpy()).all()
-        return {"looking": [60.0], "blind": [20.0], "step": [10.0]}  # 20 updates each
+        return {"checked": [60.0], "unchecked": [20.0], "step": [10.0]}  # 20 updates each
 
     monkeypatch.setattr(statistics, "measured", measured)
     line = statistics.check(model, IMAGES, 1)
-    assert seen == {"looking": True, "blind": False}
+    assert seen == {"checked": True, "unchecked": False}
     assert numbers(line) == [1e6, 20.0]
 
 
