@@ -8,8 +8,11 @@ from tfbn._layer.batch_normalization import BatchNormalization
 from tfbn._moments.moments import Moments
 from tfbn._shipping.convert import convert
 from tfbn._shipping.export import ExportError, export
-from tfbn._shipping.fold.fold import FoldError, fold
+from tfbn._shipping.fold.check import FoldError
+from tfbn._shipping.fold.fold import fold
 from tfbn._shipping.fold.report import FoldedCall, FoldReport
+from tfbn._shipping.fuse.fuse import fuse, unfuse
+from tfbn._shipping.fuse.report import FuseReport
 from tfbn._statistics.diagnose.diagnose import diagnose
 from tfbn._statistics.diagnose.evidence import LayerEvidence
 from tfbn._statistics.diagnose.finding import Finding
@@ -32,6 +35,7 @@ __all__ = [
     "FoldError",
     "FoldReport",
     "FoldedCall",
+    "FuseReport",
     "LayerChange",
     "LayerEvidence",
     "Moments",
@@ -46,7 +50,9 @@ __all__ = [
     "export",
     "fold",
     "freeze",
+    "fuse",
     "pause_statistics",
     "recalibrate",
     "unfreeze",
+    "unfuse",
 ]

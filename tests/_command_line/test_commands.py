@@ -118,6 +118,19 @@ def test_recalibrate_cures_what_diagnose_finds(path, data, tmp_path, capsys):
     assert run(capsys, "diagnose", output, data)[0] == 0
 
 
+def test_recalibrate_takes_a_prior(path, data, tmp_path, capsys):
+    output = tmp_path / "out.keras"
+    assert run(capsys, "recalibrate", path, data, "--prior", 64, "--output", output)[0] == 0
+    expected = keras.models.load_model(path)
+    tfbn.recalibrate(expected, np.load(data)["x"], prior=64)
+    for a, b in zip(keras.models.load_model(output).weights, expected.weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+    options = ["--prior", 64, "--upstream", "batch", "--overwrite", "--output", output]
+    status, _, err = run(capsys, "recalibrate", path, data, *options)
+    assert status == 2
+    assert "--prior" in err
+
+
 def test_recalibrate_keeps_the_optimizer(model, data, tmp_path, capsys):
     model.compile("adam", "mse")
     arrays = np.load(data)
@@ -175,6 +188,24 @@ def test_convert_keeps_the_optimizer(model, data, tmp_path, capsys):
     loaded = keras.models.load_model(tmp_path / "out.keras")
     for a, b in zip(loaded.optimizer.variables, model.optimizer.variables, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+# fuse and unfuse
+
+
+def test_fuse_and_unfuse_there_and_back(path, model, tmp_path, capsys):
+    fused, back = tmp_path / "fused.keras", tmp_path / "back.keras"
+    status, out, _ = run(capsys, "fuse", path, fused)
+    assert status == 0
+    assert "1 fused with the preceding layer, 1 frozen" in out
+    loaded = keras.models.load_model(fused)
+    assert_same_outputs(loaded, model)
+    assert run(capsys, "unfuse", fused, back, "--json")[0] == 0
+    for a, b in zip(keras.models.load_model(back).weights, model.weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+    status, _, err = run(capsys, "unfuse", back, tmp_path / "again.keras")
+    assert status == 2
+    assert "The model is not fused" in err
 
 
 # fold and export

@@ -140,6 +140,17 @@ def test_a_converted_model_is_synchronized(seen):
         np.testing.assert_allclose(seen[f"converted/{replica}/moving_mean"], expected, rtol=1e-5)
 
 
+def test_a_fused_model_trains_on_two_devices_as_on_one(seen):
+    number = sum(name.startswith("fused/one/") for name in seen)
+    assert number == 12
+    for index in range(number):
+        one, first, second = (
+            seen[f"fused/{key}"] for key in (f"one/{index}/0", f"two/{index}/0", f"two/{index}/1")
+        )
+        np.testing.assert_array_equal(first, second)
+        np.testing.assert_allclose(first, one, rtol=1e-4, atol=1e-5)
+
+
 def test_one_replica_is_the_unsynchronized_path_to_the_bit():
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
     with strategy.scope():

@@ -35,6 +35,7 @@ def main() -> None:
         called,
         refused,
         converted,
+        fused,
     ):
         for name, value in scenario(strategy).items():
             observed[f"{scenario.__name__}/{name}"] = value
@@ -259,6 +260,32 @@ def gradient_penalty(layer: Any, x: Any) -> Any:
         loss = tf.reduce_sum(layer(x, training=True) ** 3)
     dx, dgamma, dbeta = tape.gradient(loss, [x, *[v.value for v in layer.trainable_variables]])
     return tf.reduce_sum(dx**2) + tf.reduce_sum(dgamma) + 0.5 * tf.reduce_sum(dbeta)
+
+
+def fused(strategy: Any) -> Observed:
+    """The weights of a fused model after 5 steps of `fit`, on two replicas and on one."""
+    import contextlib
+
+    import keras
+
+    import tfbn
+
+    seen = {}
+    for where, scope in (("two", strategy.scope()), ("one", contextlib.nullcontext())):
+        keras.utils.set_random_seed(0)
+        with scope:
+            x = keras.Input((4,))
+            h = keras.layers.Dense(6)(x)
+            h = keras.layers.ReLU()(keras.layers.BatchNormalization()(h))
+            model = keras.Model(x, keras.layers.Dense(1)(keras.layers.BatchNormalization()(h)))
+            model = tfbn.fuse(model)
+            model.compile(keras.optimizers.SGD(0.05), "mse")
+        model.fit(X[:5].reshape(-1, 4), Y[:5].reshape(-1, 1), batch_size=16, verbose=0)
+        for index, weight in enumerate(model.weights):
+            parts = local(strategy, weight.value) if where == "two" else {0: weight.value}
+            for replica, value in parts.items():
+                seen[f"{where}/{index}/{replica}"] = value.numpy()
+    return seen
 
 
 def called(strategy: Any) -> Observed:

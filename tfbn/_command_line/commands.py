@@ -13,6 +13,8 @@ from tfbn._layer.batch_normalization import BatchNormalization
 from tfbn._shipping.convert import convert as convert_model
 from tfbn._shipping.export import write_saved_model
 from tfbn._shipping.fold.fold import fold as fold_model
+from tfbn._shipping.fuse.fuse import fuse as fuse_model
+from tfbn._shipping.fuse.fuse import unfuse as unfuse_model
 from tfbn._statistics.diagnose.diagnose import diagnose as diagnose_model
 from tfbn._statistics.inspect import Inspection
 from tfbn._statistics.recalibrate import recalibrate as recalibrate_model
@@ -57,6 +59,7 @@ def recalibrate(options: argparse.Namespace) -> int:
         steps=options.steps,
         batch_size=options.batch_size,
         include_frozen=options.include_frozen,
+        prior=options.prior,
     )
     _write(options, model)
     _print(options, result, f"{result}\nwritten: {options.output}")
@@ -68,6 +71,25 @@ def convert(options: argparse.Namespace) -> int:
     files.require_output(options.output, options.overwrite)
     to = BatchNormalization if options.to == "tfbn" else keras.layers.BatchNormalization
     model = convert_model(_load(options, compiled=True), to=to, synchronized=options.synchronized)
+    _write(options, model)
+    inspection = Inspection.of(model)
+    _print(options, inspection, f"{inspection}\nwritten: {options.output}")
+    return HEALTHY
+
+
+def fuse(options: argparse.Namespace) -> int:
+    """Fuses batch normalization with the layers before it."""
+    files.require_output(options.output, options.overwrite)
+    model = fuse_model(_load(options), _inputs(options), tolerance=options.tolerance)
+    _write(options, model)
+    _print(options, model.report, f"{model.report}\nwritten: {options.output}")
+    return HEALTHY
+
+
+def unfuse(options: argparse.Namespace) -> int:
+    """Gives the ordinary layers of a fused model back."""
+    files.require_output(options.output, options.overwrite)
+    model = unfuse_model(_load(options))
     _write(options, model)
     inspection = Inspection.of(model)
     _print(options, inspection, f"{inspection}\nwritten: {options.output}")

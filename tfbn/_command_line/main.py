@@ -24,12 +24,14 @@ examples:
   %(prog)s recalibrate model.keras train.npz --output recalibrated.keras
   %(prog)s convert model.keras ours.keras --synchronized
   %(prog)s convert ours.keras stock.keras --to keras
+  %(prog)s fuse model.keras fused.keras
+  %(prog)s unfuse fused.keras tuned.keras
   %(prog)s fold model.keras folded.keras
   %(prog)s export model.keras served/1
 
 exit status: 0 for success, 1 if diagnose found something, 2 for an error.
 """
-_SHARED_OPTIONS = "overwrite|tolerance|inputs|steps|batch_size|upstream|include_frozen"
+_SHARED_OPTIONS = "overwrite|tolerance|inputs|steps|batch_size|upstream|include_frozen|prior"
 _IN_PYTHON = re.compile(
     rf"`(?P<name>{_SHARED_OPTIONS})`"
     rf"|\b(?P<argument>{_SHARED_OPTIONS})=(?P<value>float\('inf'\)|\S+?)(?=[.,;:)]*(?:\s|$))"
@@ -109,6 +111,13 @@ def parser(prog: str) -> argparse.ArgumentParser:
     sub.add_argument(
         "--include-frozen", action="store_true", help="recalibrate frozen layers as well"
     )
+    sub.add_argument(
+        "--prior",
+        type=int,
+        default=0,
+        metavar="N",
+        help="let the present statistics count for N examples, for small samples; default: 0",
+    )
     _add_output(sub, "--output", required=True)
 
     sub = command("convert", commands.convert, "convert the batch normalization layers")
@@ -121,6 +130,13 @@ def parser(prog: str) -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="whether replicas share statistics; default: each layer keeps its setting",
     )
+
+    sub = command("fuse", commands.fuse, "fuse batch normalization with the layers before it")
+    _add_output(sub, "output")
+    _add_comparison(sub)
+
+    sub = command("unfuse", commands.unfuse, "give the ordinary layers of a fused model back")
+    _add_output(sub, "output")
 
     sub = command("fold", commands.fold, "fold batch normalization into the adjacent layers")
     _add_output(sub, "output")

@@ -3,8 +3,9 @@
 Keras saves a custom layer as the arguments of its constructor. A batch normalization layer that the
 constructor creates comes back as it is written there, whatever it was replaced with. A recorded layer has
 a subclass of its class, which adds the batch normalization layers to the config and puts them back when
-it is created from that config: in `load_model`, `clone_model` and `from_config`. PyTorch's
-parametrizations change the class of a module in the same way, for the same reason.
+it is created from that config: in `load_model`, `clone_model` and `from_config`. The same holds for the
+layers that `tfbn.fuse` puts in. PyTorch's parametrizations change the class of a module in the same way, for
+the same reason.
 """
 
 import functools
@@ -16,6 +17,7 @@ import keras
 
 from tfbn._models.copy_layer import custom_classes_of
 from tfbn._models.functional import clones_graph, is_custom
+from tfbn._models.fused_part import FusedPart
 from tfbn._models.replace_layers import replace_inside
 from tfbn._models.walk import BATCH_NORM_CLASSES, BatchNormLayer, layers_inside, walk
 
@@ -40,7 +42,7 @@ def record_batch_norms(model: keras.layers.Layer) -> None:
     for layer in reversed(
         _custom_layers(model)
     ):  # The config of a parent may include its children.
-        expected = list(map(_settings, _batch_norms_inside(layer)))
+        expected = list(map(_settings, _recorded_inside(layer).values()))
         kind = original_class(type(layer))
         _set_class(layer, kind)
         if _loaded_settings(layer) in (expected, None):
@@ -86,14 +88,17 @@ def original_class(kind: type) -> Any:
 def _recorded_class(kind: Any) -> type:
     @functools.wraps(kind.get_config)  # Keras looks for attributes of this function.
     def get_config(self: Any) -> dict[str, Any]:
-        saved = [keras.saving.serialize_keras_object(norm) for norm in _batch_norms_inside(self)]
-        layers = [{k: v for k, v in norm.items() if k != "build_config"} for norm in saved]
+        inside = _recorded_inside(self)
+        saved = [keras.saving.serialize_keras_object(inner) for inner in inside.values()]
+        layers = [{k: v for k, v in inner.items() if k != "build_config"} for inner in saved]
         original = {
             "module": kind.__module__,
             "class_name": kind.__name__,
             "registered_name": keras.saving.get_registered_name(kind),
         }
         record = {"layer": original, "shapes": self.get_build_config(), "layers": layers}
+        if any(isinstance(inner, FusedPart) for inner in inside.values()):
+            record |= {"positions": list(inside), "of": len(_all_inside(self))}
         return {**kind.get_config(self), KEY: record}
 
     def __reduce__(self: Any) -> Any:
@@ -122,15 +127,16 @@ def _from_config(cls: Any, config: dict[str, Any]) -> keras.layers.Layer:
     if record is None:
         return original_class(cls).from_config(config)
     layer = _create(cls, record["layer"], config)
-    made = _batch_norms_inside(layer)
-    if len(made) != len(record["layers"]):  # It creates them in `build`.
+    made = _created(layer, record)
+    if made is None:  # It creates them in `build`.
         layer = _create(cls, record["layer"] | {"build_config": record["shapes"]}, config)
-        made = _batch_norms_inside(layer)
-    if len(made) != len(record["layers"]):
+        made = _created(layer, record)
+    if made is None:
         kind = type(layer).__name__
         raise ValueError(
             f"Cannot load the layer '{layer.name}' of class {kind}: it was saved with {len(record['layers'])} "
-            f"batch normalization layers, and creates {len(made)} from its config. Received: config={config}. "
+            f"batch normalization layers, and creates {len(_batch_norms_inside(layer))} from its config. "
+            f"Received: config={config}. "
             f"Let {kind} create all of its layers in `__init__` or `build`, from its config."
         )
     saved = map(keras.saving.deserialize_keras_object, record["layers"])
@@ -138,6 +144,20 @@ def _from_config(cls: Any, config: dict[str, Any]) -> keras.layers.Layer:
     for inside in _custom_layers(layer):
         _set_class(inside, _recorded_class(original_class(type(inside))))
     return layer
+
+
+def _created(layer: keras.layers.Layer, record: dict[str, Any]) -> list[keras.layers.Layer] | None:
+    """The layers inside a layer in whose place the recorded ones belong, or None if it holds others."""
+    if "positions" not in record:  # All batch normalization layers, in order.
+        norms = list(_batch_norms_inside(layer))
+        return norms if len(norms) == len(record["layers"]) else None
+    inside = _all_inside(layer)
+    if len(inside) != record["of"]:
+        return None
+    others = [x for at, x in enumerate(inside) if at not in record["positions"]]
+    if any(isinstance(other, BATCH_NORM_CLASSES) for other in others):
+        return None
+    return [inside[position] for position in record["positions"]]
 
 
 def _create(cls: Any, original: dict[str, Any], config: dict[str, Any]) -> keras.layers.Layer:
@@ -167,7 +187,7 @@ def _custom_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
         layer
         for layer in walk(model, inside=layers_inside)
         if is_custom(layer)
-        and not isinstance(layer, BATCH_NORM_CLASSES)
+        and not isinstance(layer, (*BATCH_NORM_CLASSES, FusedPart))
         and not clones_graph(layer)
         and _batch_norms_inside(layer)
     ]
@@ -181,18 +201,34 @@ def _batch_norms_inside(layer: keras.layers.Layer) -> list[BatchNormLayer]:
     ]
 
 
+def _all_inside(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """This layer and all layers inside it, except those that are part of a layer of `tfbn.fuse`."""
+
+    def inside(inner: keras.layers.Layer) -> list[keras.layers.Layer]:
+        return [] if isinstance(inner, FusedPart) else layers_inside(inner)
+
+    return list(walk(layer, inside=inside))
+
+
+def _recorded_inside(layer: keras.layers.Layer) -> dict[int, keras.layers.Layer]:
+    """The layers to record inside a layer, by their positions in `_all_inside`."""
+    kinds = (*BATCH_NORM_CLASSES, FusedPart)
+    inside = enumerate(_all_inside(layer))
+    return {position: inner for position, inner in inside if isinstance(inner, kinds)}
+
+
 def _loaded_settings(layer: keras.layers.Layer) -> list[Any] | None:
     """The settings of the batch normalization layers that Keras would load, or None if it cannot load the layer."""
     try:
         with custom_classes_of(layer), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = type(layer).from_config(layer.get_config())
-            if len(_batch_norms_inside(loaded)) != len(_batch_norms_inside(layer)):
+            if len(_recorded_inside(loaded)) != len(_recorded_inside(layer)):
                 loaded.build_from_config(layer.get_build_config())
     except Exception:  # The class of the user can raise anything.
         return None
-    return list(map(_settings, _batch_norms_inside(loaded)))
+    return list(map(_settings, _recorded_inside(loaded).values()))
 
 
-def _settings(layer: BatchNormLayer) -> tuple[type, dict[str, Any]]:
+def _settings(layer: keras.layers.Layer) -> tuple[type, dict[str, Any]]:
     return type(layer), {**layer.get_config(), "name": None, "trainable": None}

@@ -85,7 +85,8 @@ def strategy_of(model: keras.layers.Layer) -> tf.distribute.Strategy:
 
 def statistics_are_frozen(layer: BatchNormLayer) -> bool:
     """Whether the layer runs in inference mode even when it is called with `training=True`."""
-    return not layer.trainable or getattr(layer, "freeze_statistics", False)
+    frozen = not layer.trainable or getattr(layer, "freeze_statistics", False)
+    return frozen or getattr(layer, "has_fused_statistics", False)
 
 
 def has_initial_statistics(layer: BatchNormLayer) -> bool:

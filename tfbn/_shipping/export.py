@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 
 from tfbn._models import compare
+from tfbn._models.fused_part import fused_parts
 from tfbn._models.signature import Signature, signature_of
 from tfbn._models.walk import batch_norm_layers, children, walk
 from tfbn._normalize.by_hand import without_gradients
@@ -20,6 +21,7 @@ from tfbn._shipping.atomic_directory import atomic_directory
 from tfbn._shipping.fold.fold import fold as fold_model
 from tfbn._shipping.fold.report import FoldReport
 from tfbn._shipping.fold.trace import TraceError
+from tfbn._shipping.fuse.fuse import unfuse
 from tfbn._support import html
 from tfbn._support.reports import Report, plain
 
@@ -58,7 +60,7 @@ def export(
     the largest difference from the model's outputs.
 
     Args:
-        model: A built Keras model. It is not modified.
+        model: A built Keras model. It is not modified. A fused model is unfused first.
         path: The directory to write. Missing parents are created.
         fold: Whether to fold batch normalization first; see `tfbn.fold`. A subclassed model whose `call`
             does not work on symbolic tensors is exported unfolded, with a warning.
@@ -159,6 +161,8 @@ def write_saved_model(
             f"path and copy it. Received: path={path!r}."
         )
     path, tolerance = Path(path), compare.tolerance_for(model, tolerance)
+    if fused_parts(model):
+        model = unfuse(model)
     with atomic_directory(path, overwrite, is_ours=tf.saved_model.contains_saved_model) as folder:
         signature = signature_of(model)
         served, report = _folded(model, inputs, tolerance) if fold else (model, None)

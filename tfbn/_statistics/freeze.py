@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import keras
 
 from tfbn._layer.batch_normalization import BatchNormalization
+from tfbn._models.fused_part import require_unfused
 from tfbn._models.recorded import record_batch_norms
 from tfbn._models.walk import BatchNormLayer, batch_norm_layers, statistics_are_frozen
 
@@ -85,6 +86,8 @@ def unfreeze(
         >>> tfbn.unfreeze(model)
         >>> model.compile("adam", loss)
     """
+    if statistics:
+        require_unfused(model, "unfreeze the statistics of")
     for layer in _selected_layers("unfreeze", model, statistics, affine, within):
         if isinstance(layer, BatchNormalization):
             # `trainable = False` froze both. What is to stay frozen gets its own flag.

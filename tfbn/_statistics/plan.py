@@ -10,6 +10,7 @@ import tensorflow as tf
 from tfbn._data.multi_pass import MultiPassReader
 from tfbn._data.sources import describe
 from tfbn._layer.batch_normalization import BatchNormalization
+from tfbn._models.fused_part import require_unfused
 from tfbn._models.walk import BatchNormLayer, batch_norm_layers, name_of, statistics_are_frozen
 from tfbn._statistics.measure import StatisticsPasses
 from tfbn._statistics.tensor_cache import TensorCache
@@ -56,6 +57,7 @@ def plan_passes(
             f"will have. Received: prior={prior!r}, upstream={upstream!r}."
         )
     batch_norm_layers(model)  # Raises if it is not a layer.
+    require_unfused(model, "measure the statistics of")
     if forward is None:
         _check_preprocessing(model)
     forward = _explained(run_model if forward is None else forward)

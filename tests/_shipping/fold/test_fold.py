@@ -12,7 +12,7 @@ import pytest
 import tfbn
 from folding import folded, image
 from graphs import randomize
-from tfbn._shipping.fold.fold import FoldError
+from tfbn._shipping.fold.check import FoldError
 
 layers = keras.layers
 Norm = keras.layers.BatchNormalization

@@ -36,15 +36,44 @@ class Weights:
         return Weights({**self.arrays, **arrays, "bias": bias}, config)
 
 
+class OutputChannels(NamedTuple):
+    """Where the weights of a class of layers hold the output channels.
+
+    Attributes:
+        kernel: The name of the kernel whose values belong to one output channel each.
+        scale_shape: Takes the shape of this kernel, and returns the shape in which one number per output
+            channel multiplies it.
+    """
+
+    kernel: str
+    scale_shape: Callable[[Any], tuple[int, ...]]
+
+    def absorb(self, layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
+        """Returns the weights that apply a map to the output as well."""
+        kernel = weights.arrays[self.kernel]
+        channels = prod(self.scale_shape(kernel.shape))
+        scale, shift = affine.along(channel_axis(layer), channels)
+        kernel, bias = self.scaled(kernel, _bias(weights), scale, shift)
+        return weights.updated(bias, **{self.kernel: kernel})
+
+    def scaled(
+        self, kernel: Any, bias: Any, scale: Any, shift: Any, reshape: Any = np.reshape
+    ) -> tuple[Any, Any]:
+        """Returns the kernel s W and the bias s b + t, for NumPy arrays or for tensors."""
+        return kernel * reshape(scale, self.scale_shape(kernel.shape)), bias * scale + shift
+
+
 class Linear(NamedTuple):
     """How a class of layers absorbs a map of its output, and a map of its input.
 
     Both functions take the layer, its weights, the map and the shape of the layer's input, and return new
-    weights. They raise `CannotFold` if the layer cannot absorb the map.
+    weights. They raise `CannotFold` if the layer cannot absorb the map. `channels` says the same of the
+    output as `absorb_output` does, for the weights alone; `EinsumDense` has none.
     """
 
     absorb_output: Callable[[Any, Weights, Affine, Any], Weights]
     absorb_input: Callable[[Any, Weights, Affine, Any], Weights]
+    channels: OutputChannels | None = None
 
 
 def weights_of(layer: keras.layers.Layer) -> Weights:
@@ -73,7 +102,8 @@ def _bias(weights: Weights) -> Any:
     return weights.arrays.get("bias", 0.0)
 
 
-def _channel_axis(layer: Any) -> int:
+def channel_axis(layer: Any) -> int:
+    """The axis of the output channels of a layer whose class is in `LINEAR`."""
     return 1 if getattr(layer, "data_format", None) == "channels_first" else -1
 
 
@@ -87,12 +117,6 @@ def _require_no_padding(layer: Any, affine: Affine, sizes: Any) -> None:
 # Dense and convolutions: the kernel ends in (input channels of the group, output channels).
 
 
-def _absorb_output_dense(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
-    kernel = weights.arrays["kernel"]
-    scale, shift = affine.along(_channel_axis(layer), kernel.shape[-1])
-    return weights.updated(_bias(weights) * scale + shift, kernel=kernel * scale)
-
-
 def _absorb_input_dense(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
     kernel = weights.arrays["kernel"]
     groups = getattr(layer, "groups", 1)
@@ -101,7 +125,7 @@ def _absorb_input_dense(layer: Any, weights: Weights, affine: Affine, shape: Any
         _require_no_padding(layer, affine, kernel.shape[:-2])
     # Row i, column o: the i-th input channel of the group that output channel o belongs to.
     channels = np.arange(inputs).reshape(groups, -1).repeat(outputs // groups, axis=0).T
-    scale, shift = (v[channels] for v in affine.along(_channel_axis(layer), inputs))
+    scale, shift = (v[channels] for v in affine.along(channel_axis(layer), inputs))
     through = (kernel * shift).reshape(-1, outputs).sum(axis=0)
     return weights.updated(_bias(weights) + through, kernel=kernel * scale)
 
@@ -109,17 +133,11 @@ def _absorb_input_dense(layer: Any, weights: Weights, affine: Affine, shape: Any
 # Transposed convolutions: the kernel ends in (output channels, input channels).
 
 
-def _absorb_output_transposed(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
-    kernel = weights.arrays["kernel"]
-    scale, shift = affine.along(_channel_axis(layer), kernel.shape[-2])
-    return weights.updated(_bias(weights) * scale + shift, kernel=kernel * scale[:, None])
-
-
 def _absorb_input_transposed(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
     kernel = weights.arrays["kernel"]
     if affine.shifts and (prod(kernel.shape[:-2]) > 1 or prod(layer.strides) > 1):
         raise CannotFold(f"'{layer.name}' sums a different number of inputs at each position")
-    scale, shift = affine.along(_channel_axis(layer), kernel.shape[-1])
+    scale, shift = affine.along(channel_axis(layer), kernel.shape[-1])
     through = (kernel * shift).reshape(-1, *kernel.shape[-2:]).sum(axis=(0, -1))
     return weights.updated(_bias(weights) + through, kernel=kernel * scale)
 
@@ -127,18 +145,10 @@ def _absorb_input_transposed(layer: Any, weights: Weights, affine: Affine, shape
 # Depthwise convolutions: the kernel ends in (input channels, outputs per input channel).
 
 
-def _absorb_output_depthwise(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
-    kernel = weights.arrays["kernel"]
-    scale, shift = affine.along(_channel_axis(layer), prod(kernel.shape[-2:]))
-    return weights.updated(
-        _bias(weights) * scale + shift, kernel=kernel * scale.reshape(kernel.shape[-2:])
-    )
-
-
 def _absorb_input_depthwise(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
     kernel = weights.arrays["kernel"]
     _require_no_padding(layer, affine, kernel.shape[:-2])
-    scale, shift = affine.along(_channel_axis(layer), kernel.shape[-2])
+    scale, shift = affine.along(channel_axis(layer), kernel.shape[-2])
     through = _through_depthwise(kernel, shift)
     return weights.updated(_bias(weights) + through, kernel=kernel * scale[:, None])
 
@@ -150,16 +160,10 @@ def _through_depthwise(kernel: np.ndarray, shift: np.ndarray) -> np.ndarray:
 # Separable convolutions: a depthwise convolution, then one of size 1.
 
 
-def _absorb_output_separable(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
-    pointwise = weights.arrays["pointwise_kernel"]
-    scale, shift = affine.along(_channel_axis(layer), pointwise.shape[-1])
-    return weights.updated(_bias(weights) * scale + shift, pointwise_kernel=pointwise * scale)
-
-
 def _absorb_input_separable(layer: Any, weights: Weights, affine: Affine, shape: Any) -> Weights:
     depthwise, pointwise = (weights.arrays[f"{kind}_kernel"] for kind in ("depthwise", "pointwise"))
     _require_no_padding(layer, affine, depthwise.shape[:-2])
-    scale, shift = affine.along(_channel_axis(layer), depthwise.shape[-2])
+    scale, shift = affine.along(channel_axis(layer), depthwise.shape[-2])
     through = _through_depthwise(depthwise, shift) @ pointwise.reshape(-1, pointwise.shape[-1])
     return weights.updated(_bias(weights) + through, depthwise_kernel=depthwise * scale[:, None])
 
@@ -232,10 +236,15 @@ def _with_einsum_bias(
     return Weights(arrays, {"bias_axes": "".join(axes)})
 
 
-_DENSE = Linear(_absorb_output_dense, _absorb_input_dense)
-_TRANSPOSED = Linear(_absorb_output_transposed, _absorb_input_transposed)
-_DEPTHWISE = Linear(_absorb_output_depthwise, _absorb_input_depthwise)
-_SEPARABLE = Linear(_absorb_output_separable, _absorb_input_separable)
+_OUTPUT_LAST = OutputChannels("kernel", lambda shape: (shape[-1],))
+_OUTPUT_BEFORE_INPUT = OutputChannels("kernel", lambda shape: (shape[-2], 1))
+_OUTPUT_FROM_INPUT = OutputChannels("kernel", lambda shape: tuple(shape[-2:]))
+_OUTPUT_OF_POINTWISE = OutputChannels("pointwise_kernel", lambda shape: (shape[-1],))
+
+_DENSE = Linear(_OUTPUT_LAST.absorb, _absorb_input_dense, _OUTPUT_LAST)
+_TRANSPOSED = Linear(_OUTPUT_BEFORE_INPUT.absorb, _absorb_input_transposed, _OUTPUT_BEFORE_INPUT)
+_DEPTHWISE = Linear(_OUTPUT_FROM_INPUT.absorb, _absorb_input_depthwise, _OUTPUT_FROM_INPUT)
+_SEPARABLE = Linear(_OUTPUT_OF_POINTWISE.absorb, _absorb_input_separable, _OUTPUT_OF_POINTWISE)
 
 # Subclasses are not included: they may compute something else.
 LINEAR: dict[type, Linear] = {

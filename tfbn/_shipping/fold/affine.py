@@ -92,5 +92,13 @@ def of_batch_norm(layer: BatchNormLayer, rank: int) -> Affine:
         return np.broadcast_to(array, layer.moving_mean.shape).reshape(shape)
 
     mean, variance = values(layer.moving_mean, 0), values(layer.moving_variance, 1)
-    scale = values(layer.gamma, 1) / np.sqrt(variance + layer.epsilon)
-    return Affine(scale, values(layer.beta, 0) - mean * scale)
+    gamma, beta = values(layer.gamma, 1), values(layer.beta, 0)
+    return Affine(*inference_map(gamma, beta, mean, variance, layer.epsilon))
+
+
+def inference_map(
+    gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: float, sqrt: Any = np.sqrt
+) -> tuple[Any, Any]:
+    """Returns the scale γ / √(σ² + ε) and the shift β − μ · scale, for NumPy arrays or for tensors."""
+    scale = gamma / sqrt(variance + epsilon)
+    return scale, beta - mean * scale

@@ -5,14 +5,13 @@ from typing import Any
 import keras
 
 from tfbn._models import compare
+from tfbn._models.fused_part import fused_parts
 from tfbn._shipping.fold.assemble import assemble
+from tfbn._shipping.fold.check import difference_of
 from tfbn._shipping.fold.report import FoldReport
 from tfbn._shipping.fold.search import fold_graph
 from tfbn._shipping.fold.trace import trace
-
-
-class FoldError(ValueError):
-    """Raised by `tfbn.fold` when the folded model gives other outputs than the model."""
+from tfbn._shipping.fuse.fuse import unfuse
 
 
 def fold(model: keras.Model, inputs: Any = None, *, tolerance: float | None = None) -> keras.Model:
@@ -35,7 +34,7 @@ def fold(model: keras.Model, inputs: Any = None, *, tolerance: float | None = No
 
     Args:
         model: A built Keras model. It is not modified. Subclassed models, and custom layers that contain batch
-            normalization, can be folded if their `call` works on symbolic tensors.
+            normalization, can be folded if their `call` works on symbolic tensors. A fused model is unfused first.
         inputs: Inputs to compare outputs on, as you would call the model with them. Defaults to random
             inputs.
         tolerance: The largest allowed difference between outputs, relative to the largest output.
@@ -65,18 +64,13 @@ def fold(model: keras.Model, inputs: Any = None, *, tolerance: float | None = No
             f"`model` must be a Keras model. Received: model={model!r} of type {type(model).__name__}."
         )
     tolerance = compare.tolerance_for(model, tolerance)
+    if fused_parts(model):
+        model = unfuse(model)
     graph = trace(model)
     rows = fold_graph(graph)
     folded, shared = assemble(graph, model)
     if inputs is None:
         inputs = compare.random_inputs(folded.input, batch_size=2)
-    expected = model(inputs, training=False)
-    difference = compare.difference(expected, folded(inputs, training=False))
+    difference = difference_of(model, folded, inputs, tolerance, "folded")
     folded.report = FoldReport(tuple(rows), difference, tolerance, shared)
-    if not difference <= tolerance:
-        raise FoldError(
-            "The folded model gives other outputs than the model. "
-            f"Received: a difference of {difference:.2g} relative to the largest output, "
-            f"tolerance={tolerance:.2g}. " + compare.advice(model, inputs, tolerance)
-        )
     return folded

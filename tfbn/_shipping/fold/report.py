@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tfbn._support import html, tables
 from tfbn._support.reports import Report, plain
@@ -34,7 +34,7 @@ class FoldedCall:
 
     layer: str
     within: tuple[str, ...]
-    outcome: Outcome
+    outcome: enum.StrEnum
     into: str | None
     reason: str | None
 
@@ -60,6 +60,9 @@ class FoldReport(Report):
         shared: The names of layers that cannot be created from their config. The folded model uses the
             layers of the original model, with the same weights.
     """
+
+    title: ClassVar[str] = "Folded batch normalization"
+    outcomes: ClassVar[type[enum.StrEnum]] = Outcome
 
     rows: tuple[FoldedCall, ...]
     difference: float
@@ -93,16 +96,18 @@ class FoldReport(Report):
         left = [row in self.left for row in self.rows]
         parts = [
             html.paragraph(self.summary()),
-            html.squares(kinds, titles, [outcome.value for outcome in Outcome]),
+            html.squares(kinds, titles, [outcome.value for outcome in self.outcomes]),
             html.heading("Layers, in order"),
             html.table(_HEADER, self._cells(), [False] * 3, marked=left),
         ]
-        return "Folded batch normalization", parts
+        return self.title, parts
 
     def summary(self) -> str:
         """Returns how many calls had which outcome, and the difference, in a sentence."""
         counts = Counter(row.outcome for row in self.rows)
-        parts = [f"{counts[outcome]} {outcome.value}" for outcome in Outcome if counts[outcome]]
+        parts = [
+            f"{counts[outcome]} {outcome.value}" for outcome in self.outcomes if counts[outcome]
+        ]
         parts = parts or ["no batch normalization layers"]
         text = (
             f"{', '.join(parts)}; outputs differ by at most {self.difference:.1e} of the largest."

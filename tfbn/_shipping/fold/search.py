@@ -24,12 +24,12 @@ def fold_graph(graph: Graph) -> list[FoldedCall]:
     Folded calls are removed from the graph. Calls that become a multiply-add stay, with an `affine`.
     """
     for call in graph.calls:
-        if _batch_norm(call) is not None and _inference_reason(call) is None:
-            affine = of_batch_norm(_batch_norm(call), len(_shape(call, call.source)))
+        if batch_norm_of(call) is not None and inference_reason(call) is None:
+            affine = of_batch_norm(batch_norm_of(call), len(_shape(call, call.source)))
             call.affine = _with_time_axis(call, affine)
     rows = []
     for call in list(graph.calls):
-        if _batch_norm(call) is not None:
+        if batch_norm_of(call) is not None:
             rows.append(_fold_one(graph, call))
         elif isinstance(call.operation, keras.layers.Layer):
             within = (*call.within, call.name)
@@ -48,7 +48,7 @@ def _fold_one(graph: Graph, call: Call) -> FoldedCall:
         return FoldedCall(call.name, call.within, outcome, names, reason)
 
     if call.affine is None:
-        return result(Outcome.UNCHANGED, reason=_inference_reason(call))
+        return result(Outcome.UNCHANGED, reason=inference_reason(call))
     search = _Search(graph, call.outputs.dtype)
     reasons = []
     for absorb, tensor, outcome in (
@@ -70,15 +70,15 @@ def _fold_one(graph: Graph, call: Call) -> FoldedCall:
     return result(Outcome.MULTIPLY_ADD, reason="; ".join(reasons))
 
 
-def _batch_norm(call: Call) -> BatchNormLayer | None:
+def batch_norm_of(call: Call) -> BatchNormLayer | None:
     """The batch normalization layer that is called, directly or by `TimeDistributed`; otherwise None."""
-    layer = call.operation.layer if _is_timed(call) else call.operation
+    layer = call.operation.layer if is_timed(call) else call.operation
     return layer if isinstance(layer, BATCH_NORM_CLASSES) else None
 
 
-def _inference_reason(call: Call) -> str | None:
-    """Why the call does not compute batch normalization in inference mode, or None."""
-    layer: Any = _batch_norm(call)
+def inference_reason(call: Call) -> str | None:
+    """Why a call of a batch normalization layer does not compute batch normalization in inference mode, or None."""
+    layer: Any = batch_norm_of(call)
     if type(layer).call not in [kind.call for kind in BATCH_NORM_CLASSES]:
         return f"its class {type(layer).__name__} overrides call"
     if call.kwargs.get("training"):
@@ -164,17 +164,18 @@ def _weights(call: Call, layer: keras.layers.Layer) -> Weights:
 # TimeDistributed calls the layer inside it without the time axis.
 
 
-def _is_timed(call: Call) -> bool:
+def is_timed(call: Call) -> bool:
+    """Whether the call is one of `TimeDistributed`."""
     return type(call.operation) is keras.layers.TimeDistributed
 
 
 def _rule(call: Call, affine: Affine) -> tuple[keras.layers.Layer, Linear | Commutation, Affine]:
     """Returns the layer that computes, its rule, and the map without the time axis that `TimeDistributed` hides."""
-    layer = call.operation.layer if _is_timed(call) else call.operation
+    layer = call.operation.layer if is_timed(call) else call.operation
     rule = LINEAR.get(type(layer)) or COMMUTING.get(type(layer))
     if rule is None:
         raise CannotFold(f"{call} is not linear")
-    if _is_timed(call):
+    if is_timed(call):
         if affine.scale.shape[1] > 1 or affine.shift.shape[1] > 1:
             raise CannotFold(f"it varies along the time axis of {call}")
         affine = affine.map_arrays(lambda array: array[:, 0])
@@ -182,8 +183,8 @@ def _rule(call: Call, affine: Affine) -> tuple[keras.layers.Layer, Linear | Comm
 
 
 def _shape(call: Call, tensor: Any) -> Sequence[int | None]:
-    return (tensor.shape[0], *tensor.shape[2:]) if _is_timed(call) else tensor.shape
+    return (tensor.shape[0], *tensor.shape[2:]) if is_timed(call) else tensor.shape
 
 
 def _with_time_axis(call: Call, affine: Affine) -> Affine:
-    return affine.map_arrays(lambda array: array[:, None]) if _is_timed(call) else affine
+    return affine.map_arrays(lambda array: array[:, None]) if is_timed(call) else affine

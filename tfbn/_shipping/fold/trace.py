@@ -37,11 +37,7 @@ def trace(model: keras.Model) -> Graph:
         ValueError: If the model is not built.
         TraceError: If it is a subclassed model whose `call` does not work on symbolic tensors.
     """
-    if not model.built:
-        raise ValueError(
-            "The model is not built, so its shapes are unknown. Call it on an example, or give it an "
-            f"Input. Received: model '{model.name}' of class {type(model).__name__}."
-        )
+    require_built(model)
     with _attributes_restored(walk(model)), calls_forgotten(walk(model)):
         if _has_graph(model):
             return _flat_graph(model)
@@ -55,6 +51,15 @@ def trace(model: keras.Model) -> Graph:
                 "In `call`, use only layers and keras.ops, and one argument for all inputs; or build a "
                 "Functional model."
             ) from error
+
+
+def require_built(model: keras.Model) -> None:
+    """Raises `ValueError` if a model is not built."""
+    if not model.built:
+        raise ValueError(
+            "The model is not built, so its shapes are unknown. Call it on an example, or give it an "
+            f"Input. Received: model '{model.name}' of class {type(model).__name__}."
+        )
 
 
 @contextlib.contextmanager
