@@ -35,7 +35,12 @@ def diagnose(options: argparse.Namespace) -> int:
     data = files.load_arrays(options.data)
     model = _load(options, compiled=isinstance(data, tuple))
     diagnosis = diagnose_model(
-        model, data, upstream=options.upstream, steps=options.steps, batch_size=options.batch_size
+        model,
+        data,
+        upstream=options.upstream,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        verbose=_verbose(options),
     )
     text = str(diagnosis)
     if any("tfbn.recalibrate(" in finding.cure for finding in diagnosis.findings):
@@ -60,6 +65,7 @@ def recalibrate(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         include_frozen=options.include_frozen,
         prior=options.prior,
+        verbose=_verbose(options),
     )
     _write(options, model)
     _print(options, result, f"{result}\nwritten: {options.output}")
@@ -127,6 +133,10 @@ def _print(options: argparse.Namespace, report: Report, text: str) -> None:
         report.to_html(options.html)
         text += f"\nwritten: {options.html}"
     print(json.dumps(report.to_dict(), indent=2, allow_nan=False) if options.json else text)
+
+
+def _verbose(options: argparse.Namespace) -> int | str:
+    return 0 if options.json else "auto"  # JSON is alone on the page.
 
 
 def _load(options: argparse.Namespace, *, compiled: bool = False) -> keras.Model:

@@ -11,6 +11,7 @@ import tensorflow as tf
 from tfbn._data.sharding import batch_size
 from tfbn._data.sources import ArraySource, as_source, spec_of
 from tfbn._support.checks import check_count
+from tfbn._support.progress import Progress, check_verbose
 from tfbn._support.reports import count
 
 SAMPLED = 1000
@@ -25,7 +26,7 @@ class MultiPassReader:
             without arguments that returns one, such as a generator function.
         steps: How many batches a pass has; by default all.
         batch_size: The batch size for arrays; by default 32.
-        verbose: Whether to show a progress bar.
+        verbose: Whether to show a progress bar: 0, 1, 2 or "auto", as `Progress` takes it.
 
     Attributes:
         spec: The nested `tf.TypeSpec` of the first batch.
@@ -37,7 +38,7 @@ class MultiPassReader:
         ValueError: If the data has no batches, or is endless and ``steps`` is None.
     """
 
-    def __init__(self, data: Any, steps: int | None, batch_size: int | None, verbose: bool):
+    def __init__(self, data: Any, steps: int | None, batch_size: int | None, verbose: int | str):
         check_count("steps", steps, optional=True)
         check_count("batch_size", batch_size, optional=True)
         given = data
@@ -54,11 +55,11 @@ class MultiPassReader:
                 "The data is endless. Pass `steps`, the number of batches to use. Received: steps=None."
             )
         self._steps = steps
+        check_verbose(verbose)
         self._verbose = verbose
         self._rounds = 1
         self._digest = 0
-        self._bar: keras.utils.Progbar | None = None
-        self._done = 0
+        self._progress = Progress(0)
         self.batches = 0
         self.examples = 0
         self._first = self._source.start(0)
@@ -82,15 +83,12 @@ class MultiPassReader:
         """
         self._check_replays(passes)
         self._rounds = passes if rounds is None else rounds
-        self._bar = keras.utils.Progbar(None, unit_name="batch") if self._verbose else None
+        self._progress = Progress(self._verbose, "batch")
 
     def tick(self) -> None:
         """Counts a batch in the progress bar."""
-        self._done += 1
-        if self._bar is not None:
-            batches = self.batches or self._expected_batches()
-            self._bar.target = None if batches is None else batches * self._rounds
-            self._bar.update(self._done)
+        batches = self.batches or self._expected_batches()
+        self._progress.tick(None if batches is None else batches * self._rounds)
 
     def multiple_of(self, examples: int) -> float:
         """Returns how many times this number of examples the data has; 0 if that is not known yet."""

@@ -15,6 +15,7 @@ from tfbn._statistics.plan import fit_data, plan_passes
 from tfbn._statistics.recalibration import LayerChange, Recalibration
 from tfbn._statistics.tensor_cache import TensorCache
 from tfbn._statistics.traced_model import Forward
+from tfbn._support.progress import prints_result
 
 Assignment = tuple[Any, Any]
 """A variable and its new value."""
@@ -33,7 +34,7 @@ def recalibrate(
     prior: int = 0,
     cache: str = "auto",
     cache_limit: int | None = None,
-    verbose: bool = False,
+    verbose: int | str = "auto",
 ) -> Recalibration:
     r"""Sets the moving statistics of all batch normalization layers to those of a whole data set.
 
@@ -91,7 +92,8 @@ def recalibrate(
             do not, or with "none", the model runs again from an earlier layer or from the data.
         cache_limit: The number of bytes that may be kept in memory or, with ``cache="disk"``, in files; by
             default half of what is free. The files are in the folder for temporary files (``TMPDIR``).
-        verbose: Whether to show a progress bar and print the result.
+        verbose: 0 for silence; 1 for a progress bar, or 2 for a line at the end, and the printed result; "auto"
+            for a progress bar in a terminal if it takes longer than a second.
 
     Returns:
         A `Recalibration`, which says what changed in each layer.
@@ -150,7 +152,7 @@ def recalibrate(
         cache=passes.cache_use,
         layers=tuple(changes),
     )
-    if verbose:
+    if prints_result(verbose):
         print(result)
     return result
 
@@ -248,7 +250,7 @@ class RecalibrateAfterTraining(keras.callbacks.Callback):
         inspect.signature(recalibrate).bind(None, data, **options)
         self.result: Recalibration | None = None
         self._data = data
-        self._options = options
+        self._options = {"verbose": 0, **options}  # `fit` has a bar of its own.
         self._before_validation = before_validation
         self._training = False
 

@@ -26,6 +26,7 @@ from tfbn._statistics.measure import StatisticsPasses
 from tfbn._statistics.plan import plan_passes
 from tfbn._statistics.traced_model import Forward
 from tfbn._support.optimizers import unwrap_optimizer
+from tfbn._support.progress import prints_result
 
 
 def diagnose(
@@ -36,7 +37,7 @@ def diagnose(
     forward: Forward | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
-    verbose: bool = False,
+    verbose: int | str = "auto",
 ) -> Diagnosis:
     r"""Compares a model's moving statistics with those of a data set and explains what is wrong.
 
@@ -64,7 +65,8 @@ def diagnose(
         forward: As in `tfbn.recalibrate`. With it, the `training` flags inside the model are not examined.
         steps: How many batches to use; by default all.
         batch_size: The batch size for arrays; by default 32.
-        verbose: Whether to show a progress bar and print the result.
+        verbose: 0 for silence; 1 for a progress bar, or 2 for a line at the end, and the printed result; "auto"
+            for a progress bar in a terminal if it takes longer than a second.
 
     Returns:
         A `Diagnosis`. Print it, or use its ``findings``.
@@ -134,7 +136,7 @@ def diagnose(
         examples=reader.examples,
         channels={name: ChannelStatistics.of(one) for name, one in comparisons.items()},
     )
-    if verbose:
+    if prints_result(verbose):
         print(diagnosis)
     return diagnosis
 

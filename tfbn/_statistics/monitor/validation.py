@@ -45,7 +45,7 @@ class ValidationWatch:
     """
 
     def __init__(self, data: Any):
-        reader = MultiPassReader(data, 1, None, False)
+        reader = MultiPassReader(data, 1, None, 0)
         self._batch, self._spec = next(reader.read(0))
         self._measured: tuple[list[BatchNormLayer], Any] | None = None
         self._off_before = False
