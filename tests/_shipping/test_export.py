@@ -311,3 +311,25 @@ def test_tensorflow_lite_converts_it(tmp_path, folded):
     run = interpreter.get_signature_runner("serving_default")
     served = run(image=images(1).numpy())["scores"]
     np.testing.assert_allclose(served, model(images(1)), rtol=1e-4, atol=1e-4)
+
+
+def test_derivatives_of_any_order_pass_through_what_export_wrote(tmp_path):
+    """Keras's own export keeps gradients written by hand to the first order only."""
+    model = trained()
+    tfbn.export(model, tmp_path / "served", fold=False)
+    served = serve(tmp_path / "served")
+
+    def second(run):
+        x = images(4)
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                y = tf.reduce_sum(run(x) ** 2)
+            slope = tf.reduce_sum(inner.gradient(y, x) ** 2)
+        return outer.gradient(slope, x)
+
+    expected = second(lambda x: model(x, training=False))
+    np.testing.assert_allclose(
+        second(lambda x: served(image=x)["scores"]), expected, rtol=1e-4, atol=1e-4
+    )
