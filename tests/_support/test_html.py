@@ -78,6 +78,20 @@ def test_dots_lie_on_the_line_exactly_where_both_are_equal(log):
     assert middle == pytest.approx(0.5 if log else 0.9 / 9.9, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("xs", "ticks"),
+    [
+        ([0.5, 3.0], ["0.5", "1", "2"]),
+        ([0.01, 4.0], ["0.01", "0.03", "0.1", "0.3", "1", "3"]),
+        ([1e-9, 1e9], ["1e-10", "1e-06", "0.01", "100", "1e+06", "1e+10"]),
+    ],
+)
+def test_the_ticks_of_a_logarithmic_axis_are_round(xs, ticks):
+    svg = ElementTree.fromstring(html.scatter(xs, xs, "x", "y", log=True)).find("svg")
+    texts = [text.text for text in svg.iter("text") if text.get("text-anchor") == "middle"]
+    assert texts[:-2] == ticks
+
+
 def test_what_cannot_be_drawn_is_left_out():
     nan, inf = float("nan"), float("inf")
     assert html.scatter([nan, inf, -1.0], [1.0, 1.0, 1.0], "x", "y", log=True) == ""

@@ -49,6 +49,9 @@ svg text { fill: var(--soft); font: 11px system-ui, sans-serif; } .dot { fill: v
 .squares { display: flex; flex-wrap: wrap; gap: 3px; margin: .75rem 0; } .squares i { width: 16px; height: 16px;
   border-radius: 3px; } .legend { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; font-size: .9rem; }
 .legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: .4rem; }
+@media print { body { padding: 0; font-size: 12px; } table { font-size: 10px; } .scroll { overflow: visible; }
+  figure { flex: 1 1 40%; } h2 { break-after: avoid; } td.name { min-width: 5rem; } .track { min-width: 2.5rem; }
+  th, td { padding-right: .5rem; } }
 .c0 { background: #157f4a; } .c1 { background: #2f7fb8; } .c2 { background: #d99a1c; } .c3 { background: #c2410c; }
 """
 
@@ -179,7 +182,7 @@ def scatter(
     low, high = min(values), max(values)
     margin = 0.06 * (high - low) or 0.5
     low, high = low - margin, high + margin
-    size, left, top = 260, 46, 8
+    size, left, top = 260, 54, 8
 
     def at(value: float) -> float:
         return size * (scale(value) - low) / (high - low)
@@ -189,12 +192,11 @@ def scatter(
         for x, y in points
     )
     ticks = ""
-    for tick in _ticks(low, high):
-        text = f"{10**tick:.3g}" if log else f"{tick:.3g}"
-        place = size * (tick - low) / (high - low)
+    for tick in _log_ticks(low, high) if log else _ticks(low, high):
+        place = size * (scale(tick) - low) / (high - low)
         ticks += (
-            f'<text x="{left + place:.1f}" y="{top + size + 15}" text-anchor="middle">{text}</text>'
-            f'<text x="{left - 6}" y="{top + size - place + 4:.1f}" text-anchor="end">{text}</text>'
+            f'<text x="{left + place:.1f}" y="{top + size + 15}" text-anchor="middle">{tick:.3g}</text>'
+            f'<text x="{left - 6}" y="{top + size - place + 4:.1f}" text-anchor="end">{tick:.3g}</text>'
         )
     middle = top + size / 2
     return (
@@ -220,3 +222,14 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next((power * factor for factor in (1, 2, 5) if power * factor >= rough), power * 10)
     first = math.ceil(low / step)
     return [number * step for number in range(first, math.floor(high / step) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Up to six round numbers between 10**low and 10**high."""
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        found = [10.0**power * factor for power in powers for factor in factors]
+        found = [number for number in found if low <= math.log10(number) <= high]
+        if len(found) <= 6:
+            return found
+    return found[:: math.ceil(len(found) / 6)]
