@@ -1,4 +1,4 @@
-"""Recalibrates models made under a tf.distribute strategy, and compares with what one device would give.
+"""Recalibrates and watches models made under a tf.distribute strategy, and compares with NumPy.
 
 Two virtual devices have to be there before TensorFlow starts: a process of its own.
 """
@@ -124,6 +124,44 @@ def no_graph_outlives_it(strategy: Any) -> None:
         assert graphs() == before, (tool, upstream)
 
 
+def a_monitor_records_what_the_replicas_average(strategy: Any) -> None:
+
+    x = values(12, 3)
+    halves = x.astype("float64").reshape(2, 2, 3, 3)  # batches, replicas, examples, channels
+    mean, variance = (part.mean(1)[0] for part in (halves.mean(2), halves.var(2)))
+    shift = np.sqrt(np.mean(mean**2 / (variance + 1e-3)))
+    for loop in ("fit", "TrainingLoop"):
+        np.testing.assert_allclose(recorded(strategy, loop, x), [shift], rtol=1e-4)
+
+
+def recorded(strategy: Any, loop: str, x: np.ndarray) -> list[float]:
+    """The distance that a monitor recorded before the second of two batches."""
+    import keras
+
+    import tfbn
+
+    with strategy.scope():
+        norm = tfbn.BatchNormalization(momentum=0.5)
+        model = keras.Sequential([keras.Input((3,)), norm])
+        optimizer = keras.optimizers.SGD(0.0)
+    seen: list[float] = []
+    monitor = tfbn.StatisticsMonitor(1)
+    look = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: seen.extend(
+            one.mean_shift for one in monitor.layers
+        )
+    )
+    options = {"batch_size": 6, "shuffle": False, "verbose": 0, "callbacks": [monitor, look]}
+    if loop == "fit":
+        with strategy.scope():
+            model.compile(optimizer, "mse")
+        model.fit(x, x, **options)
+    else:
+        trainer = tfbn.TrainingLoop(model, optimizer, "mse", strategy=strategy)
+        trainer.fit((x, x), **options)
+    return seen
+
+
 def values(number: int, channels: int) -> np.ndarray:
     return np.random.default_rng(0).normal(4.0, 2.0, (number, channels)).astype("float32")
 
@@ -134,6 +172,7 @@ LAWS: dict[str, Callable[[Any], None]] = {
         no_graph_outlives_it,  # first: graphs of the others would go while it counts
         statistics_are_those_of_all_data,
         parts_of_every_kind_are_shared_out,
+        a_monitor_records_what_the_replicas_average,
     )
 }
 

@@ -130,6 +130,16 @@ def test_a_short_training_lags_too():
     assert "lagging_statistics" in text
 
 
+def test_a_few_dead_channels_are_counted_without_a_warning():
+    x = X.copy()
+    x[:, 3:5] = 7.0
+    norm = layers.BatchNormalization(momentum=0.9)
+    model = keras.Sequential([keras.Input((8,)), norm, layers.Dense(1)])
+    monitor = tfbn.StatisticsMonitor(20)
+    assert warned(model, 20, x, monitor) == []
+    assert monitor.layers[0].dead_channels == 2
+
+
 def test_a_layer_that_is_fed_a_constant():
     dead = layers.Dense(4, "relu", bias_initializer=keras.initializers.Constant(-1e4))
     model = keras.Sequential(
@@ -143,14 +153,14 @@ def test_a_layer_that_is_fed_a_constant():
 
 def test_some_channels_that_are_fed_a_constant():
     x = X.copy()
-    x[:, 3] = 7.0
+    x[:, 3:6] = 7.0
     norm = layers.BatchNormalization(momentum=0.9)
     model = keras.Sequential([keras.Input((8,)), norm, layers.Dense(1)])
     monitor = tfbn.StatisticsMonitor(20)
     (text,) = warned(model, 20, x, monitor)
     assert text.startswith("warning: constant_channels (")
-    assert monitor.findings[0].evidence == {"channels": 1}
-    assert monitor.layers[0].dead_channels == 1
+    assert monitor.findings[0].evidence == {"channels": 3}
+    assert monitor.layers[0].dead_channels == 3
 
 
 def test_batches_of_a_single_value_are_not_constant_but_too_small():

@@ -37,7 +37,7 @@ class StatisticsMonitor(keras.callbacks.Callback):
     - moving statistics stand still although their layers are meant to learn them;
     - the momentum is too slow for the length of the training: too much of the statistics from before will be
       left at the end;
-    - all channels of a layer, or more than 5 %, are fed a constant input;
+    - all channels of a layer, or more than a quarter, are fed a constant input;
     - moving statistics are NaN or infinite;
     - training and validation are fed differently, if you pass ``validation_data``.
 
