@@ -6,6 +6,10 @@ A small network learns white digits on black. On the same digits in other colour
 inputs of every layer have moved away from the moving statistics. `tfbn.recalibrate` replaces these by the
 statistics of the new images. It needs no labels and changes no weights.
 
+From a few images, the new statistics are a rough estimate. With `prior=N`, those of the training count as N
+images more. The example shows the accuracy against the number of images, with and without a prior. Here a prior
+changes little: a single image gives a channel of the first layer 64 values, and most of the accuracy.
+
 It mends what a shift and a scale per channel can mend: less contrast, other colours. It cannot mend swapped
 ink and paper, which change the sign of every edge.
 """
@@ -21,6 +25,8 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 SHOWN = 6  # images of each domain in the picture
+FEW = "coloured"  # the domain of which only a few images are used
+PRIOR = 2
 
 
 class Outcome(NamedTuple):
@@ -31,6 +37,16 @@ class Outcome(NamedTuple):
     after: float
     mean_shift: float
     """How far the first layer's mean moved, in standard deviations."""
+
+
+class Few(NamedTuple):
+    """The network's mean accuracies after it was recalibrated on a few images, from 0 to 1."""
+
+    images: int
+    replaced: float
+    """With the statistics of these images."""
+    averaged: float
+    """With those and the training's, by `prior=PRIOR`."""
 
 
 def white_on_black(digits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -76,6 +92,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=10, help="default: 10")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(
+        "--few",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 16, 64],
+        metavar="N",
+        help="numbers of images to recalibrate on (default: 1 2 4 16 64)",
+    )
+    parser.add_argument(
+        "--draws", type=int, default=5, help="how often to draw so many (default: 5)"
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         default=ROOT / "saved_models" / "domain_shift.png",
@@ -85,20 +112,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        outcomes, images = run(options.epochs, options.seed)
+        outcomes, images, few = run(options.epochs, options.seed, options.few, options.draws)
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        plot(outcomes, images, options.output)
+        plot(outcomes, images, few, options.output)
     except (ImportError, ConnectionError) as error:
         sys.exit(f"error: {error}")
     print(table(outcomes))
+    print(f"\n{few_table(few, outcomes)}")
     print(f"\nPicture: {options.output}")
 
 
-def run(epochs: int, seed: int) -> tuple[list[Outcome], dict[str, np.ndarray]]:
+def run(
+    epochs: int, seed: int, numbers: Sequence[int], draws: int
+) -> tuple[list[Outcome], dict[str, np.ndarray], list[Few]]:
     """Trains on white digits on black, and tests the network in the other domains.
 
     Returns:
-        The outcome in each domain, and a few test images of each.
+        The outcome in each domain, a few test images of each, and the accuracies for each number of images.
     """
     import keras
 
@@ -120,7 +150,7 @@ def run(epochs: int, seed: int) -> tuple[list[Outcome], dict[str, np.ndarray]]:
     model.fit(white_on_black(digits, rng), labels, batch_size=64, epochs=epochs, verbose=0)
     trained = model.get_weights()
 
-    outcomes, shown = [], {}
+    outcomes, shown, few = [], {}, []
     for name, paint in DOMAINS.items():
         images, test_images = (paint(d, rng).astype("float32") for d in (digits, test_digits))
         model.set_weights(trained)
@@ -129,7 +159,16 @@ def run(epochs: int, seed: int) -> tuple[list[Outcome], dict[str, np.ndarray]]:
         after = model.evaluate(test_images, test_labels, verbose=0)[1]
         outcomes.append(Outcome(name, before, after, result.layers[0].mean_shift))
         shown[name] = test_images[:: len(test_images) // SHOWN][:SHOWN]
-    return outcomes, shown
+        for number in numbers if name == FEW else ():
+            found = []
+            for _ in range(draws):
+                sample = images[rng.choice(len(images), number, replace=False)]
+                for prior in (0, PRIOR):
+                    model.set_weights(trained)
+                    tfbn.recalibrate(model, sample, batch_size=256, prior=prior)
+                    found.append(model.evaluate(test_images, test_labels, verbose=0)[1])
+            few.append(Few(number, float(np.mean(found[::2])), float(np.mean(found[1::2]))))
+    return outcomes, shown, few
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -140,16 +179,28 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def plot(outcomes: Sequence[Outcome], images: dict[str, np.ndarray], path: Path) -> None:
-    """Draws one row per domain: some of its images, and the accuracies before and after."""
+def few_table(few: Sequence[Few], outcomes: Sequence[Outcome]) -> str:
+    """Formats the accuracies by the number of images."""
+    before = [f"{o.before:.1%}" for o in outcomes if o.domain == FEW]
+    lines = [f"{FEW}, on a few images ({', '.join(before)} before)"]
+    lines.append(f"{'images':<16}{'prior=0':>10}{f'prior={PRIOR}':>15}")
+    lines += [f"{f.images:<16}{f.replaced:>10.1%}{f.averaged:>15.1%}" for f in few]
+    return "\n".join(lines)
+
+
+def plot(
+    outcomes: Sequence[Outcome], images: dict[str, np.ndarray], few: Sequence[Few], path: Path
+) -> None:
+    """Draws one row per domain: some images, and the accuracies before and after; and below, those by number."""
     from examples.extras import from_extra
 
     with from_extra("plots"):
         from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 1.1 * len(outcomes) + 0.8), dpi=120, layout="constrained")
+    figure = Figure(figsize=(9, 1.1 * len(outcomes) + 3.8), dpi=120, layout="constrained")
     figure.suptitle("Trained on white digits on black; recalibrated on new images without labels")
-    grid = figure.add_gridspec(len(outcomes), 2, width_ratios=[1.2, 1])
+    heights = [1.1] * len(outcomes) + [3]
+    grid = figure.add_gridspec(len(heights), 2, width_ratios=[1.2, 1], height_ratios=heights)
     for row, outcome in enumerate(outcomes):
         strip = figure.add_subplot(grid[row, 0])
         strip.imshow(np.concatenate(list(images[outcome.domain]), axis=1).clip(0, 1))
@@ -164,6 +215,21 @@ def plot(outcomes: Sequence[Outcome], images: dict[str, np.ndarray], path: Path)
         bars.set_xticks([])
         bars.invert_yaxis()
         bars.spines[["top", "right", "bottom"]].set_visible(False)
+    lines = figure.add_subplot(grid[-1, :])
+    numbers = [f.images for f in few]
+    lines.plot(numbers, [100 * f.replaced for f in few], "o-", color="#0072B2", label="prior=0")
+    averaged = [100 * f.averaged for f in few]
+    lines.plot(numbers, averaged, "s-", color="#009E73", label=f"prior={PRIOR}")
+    for outcome in outcomes:
+        if outcome.domain == FEW:
+            lines.axhline(100 * outcome.before, color="#D55E00", ls="--", label="before")
+    lines.set_xscale("log", base=2)
+    lines.set_xticks(numbers, [str(n) for n in numbers])
+    lines.set_xlabel("images to recalibrate on")
+    lines.set_ylabel("accuracy, %")
+    lines.set_title(f"{FEW}, recalibrated on a few images", fontsize="medium")
+    lines.legend()
+    lines.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
 

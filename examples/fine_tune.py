@@ -82,7 +82,7 @@ WAYS: dict[str, Callable[[Any, np.ndarray], tuple[Any, dict[str, bool]]]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command. An error that the user can fix prints a message without a traceback."""
     parser = argparse.ArgumentParser(prog="fine_tune", description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, help="how many (default: 5)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
     parser.add_argument("--epochs", type=int, default=15, help="of fine-tuning (default: 15)")
     parser.add_argument("--steps", type=int, default=30, help="to time (default: 30)")
     parser.add_argument(
