@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import keras
@@ -238,3 +239,55 @@ def test_a_class_whose_constructor_takes_something_else_than_its_graph_is_refuse
         ValueError, match=r"of class Odd\. Received: TypeError: one .* `get_config`"
     ):
         tfbn.convert(Odd(4))
+
+
+HOLDERS = {
+    "an alias beside a dict of tuples": lambda layer, norm: setattr(
+        layer, "blocks", {"a": [(norm, "a")]}
+    ),
+    "a method": lambda layer, norm: setattr(layer, "run", norm.__call__),
+    "a partial of the layer": lambda layer, norm: setattr(layer, "run", functools.partial(norm)),
+    "a partial with a keyword": lambda layer, norm: setattr(
+        layer,
+        "run",
+        functools.partial(lambda x, training, norm: norm(x, training=training), norm=norm),
+    ),
+    "a lambda": lambda layer, norm: setattr(layer, "run", lambda x, **how: norm(x, **how)),
+}
+
+
+@keras.saving.register_keras_serializable("test_rebuild")
+class Held(layers.Layer):
+    """Calls its layer through whatever else holds it."""
+
+    def __init__(self, holder: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.holder = holder
+        self.norm = Stock()
+        HOLDERS[holder](self, self.norm)
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"holder": self.holder}
+
+    def build(self, shape: Any) -> None:
+        self.norm.build(shape)
+
+    def call(self, x: Any, training: Any = None) -> Any:
+        run = self.run if hasattr(self, "run") else self.blocks["a"][0][0]
+        return run(x, training=training)
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_layer_is_replaced_wherever_its_parent_holds_it(holder, tmp_path):
+    model = randomize(functional(layers.Dense(4), Held(holder)))
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype("float32")
+    expected = model(x, training=False)
+    ours = tfbn.convert(model)
+    ours.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for copy in (ours, loaded, tfbn.convert(ours, to=Stock)):
+        np.testing.assert_allclose(copy(x, training=False), expected, rtol=1e-5, atol=1e-5)
+        (norm,) = batch_norm_layers(copy)
+        before = norm.moving_mean.numpy()
+        copy(x, training=True)
+        assert not np.array_equal(norm.moving_mean, before)

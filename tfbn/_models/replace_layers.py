@@ -1,5 +1,8 @@
 """Replacing layers in place, wherever their parents hold them."""
 
+import contextlib
+import functools
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -48,20 +51,44 @@ def swap_children(parent: keras.layers.Layer, swaps: Iterable[Swap]) -> None:
     for old, new in swaps:
         replace_tracked_layer(parent, old, new)
         for name, value in list(vars(parent).items()):
-            if value is old:
-                setattr(parent, name, new)
-            elif isinstance(value, tuple) and any(item is old for item in value):
-                setattr(parent, name, tuple(new if item is old else item for item in value))
-            else:
-                _swap_item(value, old, new)
+            swapped = _swapped(value, old, new)
+            if swapped is not value:
+                setattr(parent, name, swapped)
 
 
-def _swap_item(container: Any, old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    if not isinstance(container, list | dict):
-        return
-    items = enumerate(container) if isinstance(container, list) else container.items()
-    for key, item in list(items):
-        if item is old:
-            container[key] = new
-        else:
-            _swap_item(item, old, new)
+def _swapped(value: Any, old: keras.layers.Layer, new: keras.layers.Layer) -> Any:
+    """A value with one layer in place of another. Lists, dicts and closures change in place.
+
+    A layer that is stored as `self.norm = layer.__call__`, in a `functools.partial` or in a lambda would
+    otherwise go on running, with weights that nothing else knows.
+    """
+
+    def swap(item: Any) -> Any:
+        return _swapped(item, old, new)
+
+    if value is old:
+        return new
+    if isinstance(value, types.MethodType) and value.__self__ is old:
+        return getattr(new, value.__name__)
+    if isinstance(value, tuple):
+        items = [swap(item) for item in value]
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, functools.partial):
+        parts = (value.func, value.args, tuple(value.keywords.values()))
+        function, arguments, values = swap(parts)
+        keywords = dict(zip(value.keywords, values, strict=True))
+        changed = any(a is not b for a, b in zip(parts, (function, arguments, values), strict=True))
+        return functools.partial(function, *arguments, **keywords) if changed else value
+    if isinstance(value, list | dict):
+        for key, item in list(enumerate(value) if isinstance(value, list) else value.items()):
+            swapped = swap(item)
+            if swapped is not item:
+                value[key] = swapped
+    elif isinstance(value, types.FunctionType):
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # A cell may be empty.
+                if cell.cell_contents is old:
+                    cell.cell_contents = new
+    return value
