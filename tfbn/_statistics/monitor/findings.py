@@ -88,7 +88,8 @@ class Findings:
         layers = self._layers
         last = flat is None
         if flat is not None:
-            self._flat = np.where(flat, self._flat + 1, 0)
+            constant, alone = flat
+            self._flat = np.where([constant, constant | alone], self._flat + 1, 0)
         moved = (self._start.mean != now.mean) | (self._start.spread != now.spread)
         moved_layers = layers.sums(moved) > 0
         long_enough = (updates >= PATIENCE) | (last & (updates > 1))
@@ -98,9 +99,11 @@ class Findings:
                 of_values.not_finite_statistics(self._evidence()),
             )
         self._standing_still(layers.learns & ~moved_layers & long_enough)
-        constant, alone = (layers.sums(times >= 2).astype(int) for times in self._flat)
+        constant, all_flat = (layers.sums(times >= 2).astype(int) for times in self._flat)
         self._constant_channels(constant)
-        self._single_values((alone == layers.sizes) & layers.learns)
+        # By chance, some channels have nearly the same value twice.
+        mostly_alone = 2 * constant < layers.sizes
+        self._single_values((all_flat == layers.sizes) & mostly_alone & layers.learns)
         if planned is not None:
             since = BatchEstimate.between(layers, self._start, now, updates)
             self._lag(since, updates, planned, moved_layers & layers.learns, last)
