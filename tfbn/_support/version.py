@@ -1,3 +1,3 @@
 """The version of tfbn, following semantic versioning."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
