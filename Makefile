@@ -38,6 +38,11 @@ check: lint types ## the inner loop, under a minute: lint, check types, and run 
 test-slow: $(VENV)/ready ## run the tests that take longest: workers that are killed, three workers, a larger data set
 	$(python) -m pytest -m slow $(PYTEST_ARGS)
 
+.PHONY: test-models
+test-models: ## run every tool on models of other packages, in an environment of their own: long
+	$(MAKE) VENV=.venv-models .venv-models/ready-models
+	.venv-models/bin/python -m benchmarks.packages $(MODELS_ARGS)
+
 .PHONY: fuzz
 fuzz: $(VENV)/ready ## 10,000 random layers and batches against the oracle and Keras: half an hour
 	$(python) tests/harness/fuzz.py $(FUZZ_ARGS)
@@ -95,7 +100,7 @@ clean: ## remove what the tools and the build left behind
 
 .PHONY: distclean
 distclean: clean ## clean, and remove the virtual environments
-	rm -rf .venv .venv-oldest
+	rm -rf .venv .venv-models .venv-oldest
 
 # Installing is slow: a stamp remembers what pyproject.toml it was done for.
 $(VENV)/ready: pyproject.toml | $(python)
@@ -108,6 +113,11 @@ $(VENV)/ready: pyproject.toml | $(python)
 $(VENV)/ready-bench: $(VENV)/ready
 	@echo "Installing what the benchmarks compare with into $(VENV)."
 	$(pip_install) --editable '.[bench]'
+	@touch $@
+
+$(VENV)/ready-models: benchmarks/packages.txt $(VENV)/ready
+	@echo "Installing the packages into $(VENV)."
+	$(pip_install) --requirement benchmarks/packages.txt
 	@touch $@
 
 $(VENV)/ready-docs: $(VENV)/ready
