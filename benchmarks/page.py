@@ -38,6 +38,10 @@ def section(run: dict[str, Any]) -> str:
     """Formats a run for the page of numbers. Parts without results are left out."""
     if run.get("suite") == "serving":
         return serving.section(run)
+    if run.get("suite") == "statistics":
+        from benchmarks import statistics  # It imports TensorFlow.
+
+        return statistics.section(run)
     parts = [setting(run), _layers(run), _ratios(run), _models(run)]
     return "\n\n".join(part for part in parts if part)
 

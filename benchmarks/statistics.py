@@ -1,13 +1,18 @@
-"""Measures what maintaining the moving statistics costs: `tfbn.recalibrate`, and the check of every batch.
+"""Measures what maintaining the moving statistics costs: recalibration, diagnosis, and the check of every batch.
 
-    python -m benchmarks.statistics                  # ResNet-20: a minute or two
-    python -m benchmarks.statistics --batch 128 --turns 20
+    python -m benchmarks.statistics               # two networks and the check: some minutes
+    python -m benchmarks.statistics ResNet50      # only this one; the others keep their results
 
-Contenders take turns in the same process; a ratio is the median over all turns.
+Networks run in processes of their own. Writes JSON, and Markdown beside it.
 """
 
+import datetime
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -16,77 +21,145 @@ import numpy as np
 import tensorflow as tf
 
 import tfbn
-from benchmarks import command_line, memory, models
+from benchmarks import command_line, environment, memory, models, results
+from benchmarks.tables import table
 from tfbn._layer import moving_average
 from tfbn._moments.moments import Moments
 
-MORE = 20
-"""Recalibrating on this many times as much data must not take more memory."""
+NETWORKS = {"MobileNetV2": 32, "ResNet50": 64}
+"""The networks, with the width and height of the images."""
+IMAGES, BATCH, CLASSES = 1437, 64, 10
+PASS, POPULATION, DIAGNOSE = 1.5, 2, 3
+"""How many times as long each may take: a pass as an evaluation, the others as `upstream="batch"`."""
 UPDATES = 20
-"""How often a turn updates the averages: a single update is too short to measure."""
-NORMS = {"keras": keras.layers.BatchNormalization, "tfbn": tfbn.BatchNormalization}
+"""How often the averages are updated in a turn: a single update is too short to be timed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line.parser("benchmarks.statistics", __doc__)
-    parser.add_argument("--batch", type=int, default=64, help="images in a batch")
-    parser.add_argument("--batches", type=int, default=8, help="batches in a pass")
-    parser.add_argument("--turns", type=int, default=15, help="turns per contender")
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {list(NETWORKS)}")
+    parser.add_argument("--turns", type=int, default=5, help="how often each has its turn")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/statistics.json"))
+    parser.add_argument("--here", action="store_true", help="one network, in this process, as JSON")
     options = parser.parse_args(arguments)
     tf.config.threading.set_intra_op_parallelism_threads(options.threads)
-    images = np.random.default_rng(0).normal(size=(options.batch * options.batches, 32, 32, 3))
-    data = tf.data.Dataset.from_tensor_slices(images.astype("float32"))
-    data = data.batch(options.batch).prefetch(2)
-    for name, norm in NORMS.items():
-        model = models.built(norm, keras, "ResNet20", "float32")[0]
-        for line in [*recalibration(model, data, options.turns), peaks(model, data)]:
-            print(f"{name}: {line}", flush=True)
-    print(f"tfbn: {check(model, next(iter(data)), options.turns)}")
+    if options.here:
+        (name,) = options.networks
+        print(json.dumps(network(name, options.turns)))
+        return 0
+    found = results.by_network(options.output)
+    for name in options.networks or list(NETWORKS):
+        command = [sys.executable, "-m", "benchmarks.statistics", name, "--here"]
+        command += ["--turns", str(options.turns), "--threads", str(options.threads)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+        run = {
+            "suite": "statistics",
+            "date": datetime.date.today().isoformat(),
+            "environment": environment.described(options.threads),
+            "images": IMAGES,
+            "batch": BATCH,
+            "turns": options.turns,
+            "results": [found[name] for name in sorted(found)],
+        }
+        results.save(run, options.output)
+        text = section(results.load(options.output))
+        options.output.with_suffix(".md").write_text(f"# Recalibration and diagnosis\n\n{text}\n")
+        print(text, flush=True)
+    if not options.networks:
+        model = models.built(tfbn.BatchNormalization, keras, "ResNet20", "float32")[0]
+        print(check(model, tf.random.normal((BATCH, 32, 32, 3), seed=0), 3 * options.turns))
     return 0
 
 
-def recalibration(model: keras.Model, data: tf.data.Dataset, turns: int) -> list[str]:
-    """Compares a pass of each kind with a pass of inference, and measures the one-time cost.
+def network(name: str, turns: int) -> dict[str, Any]:
+    """Measures one network of `keras.applications` on random images."""
+    size = NETWORKS[name]
+    random = np.random.default_rng(0)
+    images = random.normal(size=(IMAGES, size, size, 3)).astype("float32")
+    labels = random.integers(0, CLASSES, IMAGES)
+    data = tf.data.Dataset.from_tensor_slices((images, labels)).batch(BATCH)
+    model = getattr(keras.applications, name)(
+        weights=None, input_shape=(size, size, 3), classes=CLASSES, classifier_activation=None
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, metrics=["accuracy"])
+    norms = [x for x in model.layers if isinstance(x, keras.layers.BatchNormalization)]
+    return {
+        "network": name,
+        "size": size,
+        "layers": len(norms),
+        "seconds": recalibration(model, data, turns),
+        "megabytes": peaks(model, data),
+    }
 
-    Recalibrating on the data repeated twice takes one more pass, and traces the model equally often.
+
+def recalibration(model: keras.Model, data: tf.data.Dataset, turns: int) -> dict[str, float]:
+    """CPU seconds of a whole evaluation, recalibrations and a diagnosis, each after the first evaluation.
+
+    What `recalibrate` does once, such as tracing, it also does once for the data twice over: the difference
+    is a pass.
     """
-    infer = tf.function(lambda x: model(x, training=False), autograph=False)
+    twice = data.repeat(2)
+    runs: dict[str, Callable[[], Any]] = {
+        "evaluate": lambda: model.evaluate(data, verbose=0),
+        "batch": lambda: tfbn.recalibrate(model, data, upstream="batch"),
+        "batch, twice": lambda: tfbn.recalibrate(model, twice, upstream="batch"),
+        "population": lambda: tfbn.recalibrate(model, data),
+        "population, twice": lambda: tfbn.recalibrate(model, twice),
+        "diagnose": lambda: tfbn.diagnose(model, data),
+    }
+    runs["evaluate"]()
+    seconds = measured(runs, turns, clock=time.process_time, warm_up=1)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
 
-    def inference() -> None:
-        for batch in data:
-            infer(batch)
 
-    def recalibrate(upstream: str, times: int) -> Callable[[], Any]:
-        return lambda: tfbn.recalibrate(model, data.repeat(times), upstream=upstream)
+def peaks(model: keras.Model, data: tf.data.Dataset) -> dict[str, float | None]:
+    """The megabytes that the process holds at most beyond those before: by upstream, and by cache."""
+    runs = {
+        "batch": lambda: tfbn.recalibrate(model, data, upstream="batch"),
+        "memory": lambda: tfbn.recalibrate(model, data, cache="memory"),
+        "disk": lambda: tfbn.recalibrate(model, data, cache="disk"),
+        "none": lambda: tfbn.recalibrate(model, data, cache="none"),
+    }
+    found: dict[str, float | None] = {}
+    for name, run in runs.items():
+        before, peak = memory.resident(), memory.peak(run)
+        found[name] = None if peak is None or before is None else peak - before
+    return found
 
-    lines = []
-    for upstream in ("batch", "population"):
-        runs = {
-            "inference": inference,
-            "once": recalibrate(upstream, 1),
-            "twice": recalibrate(upstream, 2),
-        }
-        seconds = {name: np.array(values) for name, values in measured(runs, turns).items()}
-        one_pass = seconds["twice"] - seconds["once"]
-        times = float(np.median(one_pass / seconds["inference"]))
-        fixed = float(np.median(seconds["once"] - one_pass))
-        lines.append(
-            f'upstream="{upstream}": a pass takes {times:.2f} times as long as an inference pass, plus '
-            f"{fixed:.2f} s once"
+
+def section(run: dict[str, Any]) -> str:
+    """The table of a run on the page of numbers."""
+    e = run["environment"]
+    rows = []
+    for r in run["results"]:
+        s = r["seconds"]
+        batch_pass = s["batch, twice"] - s["batch"]
+        rows.append(
+            [
+                f"{r['network']}, {r['size']}×{r['size']}, {r['layers']} layers",
+                *(f"{s[name]:.2f}" for name in ("evaluate", "batch", "population", "diagnose")),
+                f"{batch_pass / s['evaluate']:.2f} (≤ {PASS})",
+                f"{s['population'] / s['batch']:.2f} (≤ {POPULATION})",
+                f"{s['diagnose'] / s['batch']:.2f} (≤ {DIAGNOSE})",
+                " / ".join(
+                    "–" if r["megabytes"][kind] is None else f"{r['megabytes'][kind]:.0f}"
+                    for kind in ("batch", "memory", "disk", "none")
+                ),
+            ]
         )
-    return lines
-
-
-def peaks(model: keras.Model, data: tf.data.Dataset) -> str:
-    """Measures the peak memory of recalibrating on little and on much data."""
-
-    def held(times: int) -> str:
-        repeated = data.repeat(times)
-        peak = memory.peak(lambda: tfbn.recalibrate(model, repeated, upstream="batch"))
-        return "an unknown amount" if peak is None else f"{peak:.0f} MB"
-
-    return f"peak memory {held(1)}; on {MORE} times as much data {held(MORE)}"
+    head = ["", "`evaluate`", '`upstream="batch"`', "default (exact)", "`diagnose`"]
+    head += ["a pass with batch / evaluate", "exact / batch", "diagnose / batch"]
+    head += ["MB: batch / cache in memory / on disk / none"]
+    versions = ", ".join(f"{n} {e['versions'][n]}" for n in ("tensorflow", "keras"))
+    return (
+        f"CPU seconds for {run['images']} images in batches of {run['batch']}, tracing included (`evaluate`: after "
+        f"it); {e['processor']}, {e['threads']} threads; {versions}; {run['date']}. Medians of {run['turns']} turns. "
+        "In brackets: what a run must reach. The memory is what the process holds at most beyond what it held "
+        "before.\n\n" + table(head, rows)
+    )
 
 
 def check(model: keras.Model, images: tf.Tensor, turns: int) -> str:
@@ -122,20 +195,21 @@ def check(model: keras.Model, images: tf.Tensor, turns: int) -> str:
     )
 
 
-def measured(runs: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
-    """Returns the seconds of each run in each turn. The order alternates between turns."""
+def measured(
+    runs: dict[str, Callable[[], Any]],
+    turns: int,
+    clock: Callable[[], float] = time.perf_counter,
+    warm_up: int = 2,
+) -> dict[str, list[float]]:
+    """Returns the seconds of each run in each turn. The first in one turn is the last in the next."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(-2, turns):  # Two warm-up turns.
+    for turn in range(-warm_up, turns):
         for name in list(runs)[:: 1 if turn % 2 else -1]:
-            begin = time.perf_counter()
+            begin = clock()
             runs[name]()
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(clock() - begin)
     return seconds
-
-
-def ratio(seconds: dict[str, list[float]], one: str, other: str) -> float:
-    return float(np.median(np.divide(seconds[one], seconds[other])))
 
 
 if __name__ == "__main__":

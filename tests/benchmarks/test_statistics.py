@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
+from benchmarks import environment
 
 statistics = pytest.importorskip("benchmarks.statistics")
 
@@ -31,13 +32,18 @@ def numbers(line: str) -> list[float]:
     return [float(number) for number in re.findall(r"\d+\.\d+", line)]
 
 
-def test_a_line_for_each_kind_of_recalibration():
-    data = tf.data.Dataset.from_tensor_slices(IMAGES).batch(4)
-    batch, population = statistics.recalibration(network(), data, 3)
-    assert 'upstream="batch": a pass takes ' in batch
-    assert 'upstream="population": a pass takes ' in population
-    assert [len(numbers(line)) for line in (batch, population)] == [2, 2]
-    assert "peak memory " in statistics.peaks(network(), data)
+def test_a_row_for_each_network():
+    model = network()
+    model.compile("sgd", "mse")
+    data = tf.data.Dataset.from_tensor_slices((IMAGES, tf.zeros([8, 4]))).batch(4)
+    seconds = statistics.recalibration(model, data, 1)
+    assert all(value > 0 for value in seconds.values())
+    megabytes = statistics.peaks(model, data)
+    result = {"network": "Tiny", "size": 3, "layers": 2, "seconds": seconds, "megabytes": megabytes}
+    run = {"environment": environment.described(1), "date": "today", "results": [result]}
+    text = statistics.section(run | {"images": 8, "batch": 4, "turns": 1})
+    row = next(line for line in text.splitlines() if "Tiny" in line)
+    assert f"{seconds['diagnose'] / seconds['batch']:.2f} (≤ 3)" in row
 
 
 def test_the_check_is_measured_against_updates_without_it(monkeypatch):
@@ -57,7 +63,3 @@ def test_the_check_is_measured_against_updates_without_it(monkeypatch):
     line = statistics.check(model, IMAGES, 1)
     assert seen == {"checked": True, "unchecked": False}
     assert numbers(line) == [1e6, 20.0]
-
-
-def test_ratios_are_medians_over_turns():
-    assert statistics.ratio({"a": [1.0, 4.0, 9.0], "b": [1.0, 2.0, 3.0]}, "a", "b") == 2.0

@@ -164,7 +164,7 @@ def noisy_statistics(model: ModelEvidence) -> Sign | None:
         if layer.momentum is not None and layer.momentum < 0.5 and layer.examples
         if layer.mean_shift > 2 * layer.sampling_error
     ]
-    if not quick or not (model.recalibrating_helps or model.to_blame):
+    if not quick:
         return None
     return Sign(quick, distances(quick), {"momentum": min(layer.momentum or 0 for layer in quick)})
 
