@@ -212,5 +212,10 @@ def measured(
     return seconds
 
 
+def ratio(seconds: dict[str, list[float]], one: str, other: str) -> float:
+    """Returns the median over the turns of the ratios of two runs."""
+    return float(np.median(np.divide(seconds[one], seconds[other])))
+
+
 if __name__ == "__main__":
     raise SystemExit(main())

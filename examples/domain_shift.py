@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(
-    epochs: int, seed: int, numbers: Sequence[int], draws: int
+    epochs: int, seed: int, numbers: Sequence[int] = (), draws: int = 1
 ) -> tuple[list[Outcome], dict[str, np.ndarray], list[Few]]:
     """Trains on white digits on black, and tests the network in the other domains.
 

@@ -63,3 +63,7 @@ def test_the_check_is_measured_against_updates_without_it(monkeypatch):
     line = statistics.check(model, IMAGES, 1)
     assert seen == {"checked": True, "unchecked": False}
     assert numbers(line) == [1e6, 20.0]
+
+
+def test_ratios_are_medians_over_turns():
+    assert statistics.ratio({"a": [1.0, 4.0, 9.0], "b": [1.0, 2.0, 3.0]}, "a", "b") == 2.0

@@ -454,6 +454,15 @@ def preprocessing_done_twice(lab: Lab) -> Trained:
 # Weights that changed after
 
 
+@case("other_data_or_weights", "rescaled_inputs", cured=True)
+def other_data_soon_after_recalibration(lab: Lab) -> Trained:
+    """Few steps, for which the moving averages would still lag, had they not been recalibrated."""
+    model = lab.fit(lab.build(), 150 * BATCH / TRAINING)
+    tfbn.recalibrate(model, lab.train[0], batch_size=256)
+    data, test = contrast(lab.train), contrast(lab.test)
+    return Trained(model, data, test)
+
+
 @case("averaged_weights", cured=True)
 def averaged_weights(lab: Lab) -> Trained:
     model = lab.build(momentum=0.9)
@@ -519,6 +528,14 @@ def updates_lost(lab: Lab) -> Trained:
 @case("training_not_passed_on")
 def call_that_says_training_false(lab: Lab) -> Trained:
     model = Fixed(lab.build(), training=False)
+    model(lab.train[0][:1])
+    return lab.trained(lab.fit(model))
+
+
+@case("training_not_passed_on")
+def call_that_takes_no_training(lab: Lab) -> Trained:
+    """Keras's `fit` then passes none either, and the layers run in inference mode."""
+    model = Unaware(lab.build())
     model(lab.train[0][:1])
     return lab.trained(lab.fit(model))
 
@@ -752,6 +769,17 @@ class Fixed(keras.Model):
 
     def call(self, x: Any, training: bool | None = None) -> Any:
         return self.net(x, training=self.fixed)
+
+
+class Unaware(keras.Model):
+    """Runs a network without passing `training` on."""
+
+    def __init__(self, net: keras.Model):
+        super().__init__()
+        self.net = net
+
+    def call(self, x: Any) -> Any:
+        return self.net(x)
 
 
 class policy:

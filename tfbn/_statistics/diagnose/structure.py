@@ -1,6 +1,7 @@
 """How a model uses its batch normalization layers: the `training` they receive, and what feeds them."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ class Structure:
     Attributes:
         called: The model calls them in inference.
         forced: They run in training mode although the model is called with ``training=False``.
-        ignored: They run in inference mode although the model is called with ``training=True``.
+        ignored: They run in inference mode in `fit`, although it trains the model.
         overridden: They are inside a part of the model that is called with ``training=False``, and run in
             training mode all the same.
         behind_noise: A layer that is random in training, such as dropout, is somewhere before them.
@@ -63,7 +64,9 @@ def structure_of(
     if forward is None:
         learning = [layer for layer in layers if not statistics_are_frozen(layer)]
         training = _Trace(learning, [])
-        training.run(lambda batch: run_model(model, batch, training=True), spec)
+        # As `fit` does: it passes `training` only to a `call` that takes it.
+        takes_training = "training" in inspect.signature(model.call).parameters
+        training.run(lambda batch: run_model(model, batch, training=takes_training), spec)
         live = {name_of(layer) for layer in learning}
         inference_asked = {name_of(layer) for layer in _called_with_training_false(model)}
         found |= {

@@ -1,7 +1,6 @@
 """What a monitor is certain of while the model still trains: the causes of a diagnosis that show that early."""
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable
 
@@ -117,9 +116,6 @@ class Findings:
             return
         structure = self._seen()
         names = self._layers.names
-        if "training" not in inspect.signature(self._model.call).parameters:
-            # Then `fit` does not pass it either, and the layers inside get None.
-            structure = dataclasses.replace(structure, ignored=frozenset(names))
         called = [not self._traced or name in structure.called for name in names]
         model = self._evidence(structure, lambda i: bool(stuck[i]) and called[i])
         initial = [layer for layer in model.layers if layer.never_updated]

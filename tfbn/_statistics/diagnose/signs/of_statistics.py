@@ -83,7 +83,7 @@ def _lag_by_steps(model: ModelEvidence, layers: Layers) -> Sign | None:
         return None
     if np.median(explained) > 0.5:
         what = "are still the initial values"
-    elif weight > 0.1:
+    elif weight > 0.5:
         what = "are older than these steps"  # It was trained before, with another optimizer.
     else:
         return None
