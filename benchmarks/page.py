@@ -4,12 +4,13 @@ Usage:
     python -m benchmarks.page
 """
 
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cases, results, serving
+from benchmarks import cases, results
 from benchmarks.bars import OURS
 from benchmarks.results import geometric_mean, ratios, select, value
 from benchmarks.tables import floor_multiples, kinds, setting, table
@@ -36,12 +37,8 @@ def rendered(
 
 def section(run: dict[str, Any]) -> str:
     """Formats a run for the page of numbers. Parts without results are left out."""
-    if run.get("suite") == "serving":
-        return serving.section(run)
-    if run.get("suite") == "statistics":
-        from benchmarks import statistics  # It imports TensorFlow.
-
-        return statistics.section(run)
+    if "suite" in run:
+        return importlib.import_module(f"benchmarks.{run['suite']}").section(run)
     parts = [setting(run), _layers(run), _ratios(run), _models(run)]
     return "\n\n".join(part for part in parts if part)
 

@@ -21,10 +21,11 @@ import numpy as np
 import tensorflow as tf
 
 import tfbn
-from benchmarks import command_line, environment, memory, models, results
+from benchmarks import command_line, environment, models, results
 from benchmarks.tables import table
 from tfbn._layer import moving_average
 from tfbn._moments.moments import Moments
+from tfbn._support.reports import count
 
 NETWORKS = {"MobileNetV2": 32, "ResNet50": 64}
 """The networks, with the width and height of the images."""
@@ -60,7 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "environment": environment.described(options.threads),
             "images": IMAGES,
             "batch": BATCH,
-            "turns": options.turns,
             "results": [found[name] for name in sorted(found)],
         }
         results.save(run, options.output)
@@ -90,8 +90,8 @@ def network(name: str, turns: int) -> dict[str, Any]:
         "network": name,
         "size": size,
         "layers": len(norms),
+        "turns": turns,
         "seconds": recalibration(model, data, turns),
-        "megabytes": peaks(model, data),
     }
 
 
@@ -115,21 +115,6 @@ def recalibration(model: keras.Model, data: tf.data.Dataset, turns: int) -> dict
     return {name: float(np.median(values)) for name, values in seconds.items()}
 
 
-def peaks(model: keras.Model, data: tf.data.Dataset) -> dict[str, float | None]:
-    """The megabytes that the process holds at most beyond those before: by upstream, and by cache."""
-    runs = {
-        "batch": lambda: tfbn.recalibrate(model, data, upstream="batch"),
-        "memory": lambda: tfbn.recalibrate(model, data, cache="memory"),
-        "disk": lambda: tfbn.recalibrate(model, data, cache="disk"),
-        "none": lambda: tfbn.recalibrate(model, data, cache="none"),
-    }
-    found: dict[str, float | None] = {}
-    for name, run in runs.items():
-        before, peak = memory.resident(), memory.peak(run)
-        found[name] = None if peak is None or before is None else peak - before
-    return found
-
-
 def section(run: dict[str, Any]) -> str:
     """The table of a run on the page of numbers."""
     e = run["environment"]
@@ -139,26 +124,20 @@ def section(run: dict[str, Any]) -> str:
         batch_pass = s["batch, twice"] - s["batch"]
         rows.append(
             [
-                f"{r['network']}, {r['size']}×{r['size']}, {r['layers']} layers",
+                f"{r['network']}, {r['size']}×{r['size']}, {r['layers']} layers; {count(r['turns'], 'turn')}",
                 *(f"{s[name]:.2f}" for name in ("evaluate", "batch", "population", "diagnose")),
                 f"{batch_pass / s['evaluate']:.2f} (≤ {PASS})",
                 f"{s['population'] / s['batch']:.2f} (≤ {POPULATION})",
                 f"{s['diagnose'] / s['batch']:.2f} (≤ {DIAGNOSE})",
-                " / ".join(
-                    "–" if r["megabytes"][kind] is None else f"{r['megabytes'][kind]:.0f}"
-                    for kind in ("batch", "memory", "disk", "none")
-                ),
             ]
         )
     head = ["", "`evaluate`", '`upstream="batch"`', "default (exact)", "`diagnose`"]
     head += ["a pass with batch / evaluate", "exact / batch", "diagnose / batch"]
-    head += ["MB: batch / cache in memory / on disk / none"]
     versions = ", ".join(f"{n} {e['versions'][n]}" for n in ("tensorflow", "keras"))
     return (
         f"CPU seconds for {run['images']} images in batches of {run['batch']}, tracing included (`evaluate`: after "
-        f"it); {e['processor']}, {e['threads']} threads; {versions}; {run['date']}. Medians of {run['turns']} turns. "
-        "In brackets: what a run must reach. The memory is what the process holds at most beyond what it held "
-        "before.\n\n" + table(head, rows)
+        f"it); {e['processor']}, {e['threads']} threads; {versions}; {run['date']}. Medians of the turns. "
+        "In brackets: what a run must reach.\n\n" + table(head, rows)
     )
 
 
