@@ -160,8 +160,8 @@ def section(run: dict[str, Any]) -> str:
     versions = ", ".join(f"{n} {e['versions'][n]}" for n in ("tensorflow", "keras"))
     text = (
         f"A training step on {settings['batch']} images of {settings['size']}×{settings['size']}, all weights "
-        f"training with SGD and momentum; {e['processor']}, {e['threads']} threads; {versions}; {run['date']}. Times are "
-        f"medians of {settings['turns']} turns, ratios are medians of ratios turn by turn. `keras`: "
+        f"training with SGD and momentum; {e['processor']}, {e['threads']} threads; {versions}; {run['date']}. "
+        f"Times are medians of {settings['turns']} turns, ratios are medians of ratios turn by turn. `keras`: "
         "`model(x, training=False)`; `frozen`: `tfbn.convert` and `tfbn.freeze`; `fused`: `tfbn.fuse`; `none`: the "
         "network without batch normalization. The bars: at most 1.03 times the time and 1.05 times the memory of "
         "`none`, and 0.85 times both of `keras`."
