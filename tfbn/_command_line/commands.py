@@ -67,9 +67,7 @@ def recalibrate(options: argparse.Namespace) -> int:
         prior=options.prior,
         verbose=_verbose(options),
     )
-    _write(options, model)
-    _print(options, result, f"{result}\nwritten: {options.output}")
-    return HEALTHY
+    return _finish(options, model, result)
 
 
 def convert(options: argparse.Namespace) -> int:
@@ -77,38 +75,28 @@ def convert(options: argparse.Namespace) -> int:
     files.require_output(options.output, options.overwrite)
     to = BatchNormalization if options.to == "tfbn" else keras.layers.BatchNormalization
     model = convert_model(_load(options, compiled=True), to=to, synchronized=options.synchronized)
-    _write(options, model)
-    inspection = Inspection.of(model)
-    _print(options, inspection, f"{inspection}\nwritten: {options.output}")
-    return HEALTHY
+    return _finish(options, model, Inspection.of(model))
 
 
 def fuse(options: argparse.Namespace) -> int:
     """Fuses batch normalization with the layers before it."""
     files.require_output(options.output, options.overwrite)
     model = fuse_model(_load(options), _inputs(options), tolerance=options.tolerance)
-    _write(options, model)
-    _print(options, model.report, f"{model.report}\nwritten: {options.output}")
-    return HEALTHY
+    return _finish(options, model, model.report)
 
 
 def unfuse(options: argparse.Namespace) -> int:
     """Gives the ordinary layers of a fused model back."""
     files.require_output(options.output, options.overwrite)
     model = unfuse_model(_load(options))
-    _write(options, model)
-    inspection = Inspection.of(model)
-    _print(options, inspection, f"{inspection}\nwritten: {options.output}")
-    return HEALTHY
+    return _finish(options, model, Inspection.of(model))
 
 
 def fold(options: argparse.Namespace) -> int:
     """Folds batch normalization into the adjacent layers."""
     files.require_output(options.output, options.overwrite)
     model = fold_model(_load(options), _inputs(options), tolerance=options.tolerance)
-    _write(options, model)
-    _print(options, model.report, f"{model.report}\nwritten: {options.output}")
-    return HEALTHY
+    return _finish(options, model, model.report)
 
 
 def export(options: argparse.Namespace) -> int:
@@ -143,8 +131,11 @@ def _load(options: argparse.Namespace, *, compiled: bool = False) -> keras.Model
     return files.load_model(options.model, compiled=compiled, safe_mode=options.safe_mode)
 
 
-def _write(options: argparse.Namespace, model: keras.Model) -> None:
+def _finish(options: argparse.Namespace, model: keras.Model, report: Report) -> int:
+    """Writes a model, and prints what was done."""
     files.save_model(model, options.output, safe_mode=options.safe_mode)
+    _print(options, report, f"{report}\nwritten: {options.output}")
+    return HEALTHY
 
 
 def _inputs(options: argparse.Namespace) -> Any:

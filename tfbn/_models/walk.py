@@ -1,7 +1,7 @@
 """Finding the layers of a model, however they are nested."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -76,6 +76,14 @@ def walk(
 def name_of(layer: keras.layers.Layer) -> str:
     """The name of a layer in reports: its path, or its name before it is built."""
     return str(layer.path or layer.name)
+
+
+def require_model(model: Any) -> None:
+    """Raises a TypeError if this is not a Keras model."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"`model` must be a Keras model. Received: model={model!r} of type {type(model).__name__}."
+        )
 
 
 def strategy_of(model: keras.layers.Layer) -> tf.distribute.Strategy:

@@ -14,7 +14,7 @@ import tensorflow as tf
 from tfbn._models import compare
 from tfbn._models.fused_part import fused_parts
 from tfbn._models.signature import Signature, signature_of
-from tfbn._models.walk import batch_norm_layers, children, walk
+from tfbn._models.walk import batch_norm_layers, children, require_model, walk
 from tfbn._normalize.by_hand import without_gradients
 from tfbn._shipping import model_card
 from tfbn._shipping.atomic_directory import atomic_directory
@@ -151,10 +151,7 @@ def write_saved_model(
     tolerance: float | None,
 ) -> Exported:
     """Does what `export` does, and returns a report."""
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            f"`model` must be a Keras model. Received: model={model!r} of type {type(model).__name__}."
-        )
+    require_model(model)
     if re.match(r"\w{2,}:/", str(path)):
         raise ValueError(
             "`path` must be a local path, so that the SavedModel can be moved there as a whole. Export to a local "

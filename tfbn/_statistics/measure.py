@@ -25,7 +25,7 @@ from tfbn._models.intercept import intercept_calls
 from tfbn._models.walk import BatchNormLayer, name_of, strategy_of
 from tfbn._statistics.checkpoint import Batch, Checkpoint
 from tfbn._statistics.cut_graph import DATA
-from tfbn._statistics.layer_call import LayerCall, normalize_by_batch
+from tfbn._statistics.layer_call import LayerCall
 from tfbn._statistics.packed_moments import Merger, unpack
 from tfbn._statistics.tensor_cache import CacheFullError, TensorCache, in_bytes
 from tfbn._statistics.traced_model import Forward, Summary, TracedModel, flat, replica_number
@@ -138,8 +138,8 @@ class StatisticsPasses:
             self.cache_use, memory=self._cache.peak_memory, disk=self._cache.peak_disk
         )
 
-    def predict(self, batch: Any, upstream: str) -> Any:
-        """Returns the outputs of the model if its layers normalize by what was measured, or by the batch.
+    def predict(self, batch: Any) -> Any:
+        """Returns the outputs of the model if its layers normalize by what was measured.
 
         Call it while tracing a function, after `measure`.
         """
@@ -150,10 +150,7 @@ class StatisticsPasses:
         ) -> tf.Tensor:
             x = tf.convert_to_tensor(inputs)
             axes = arguments.resolved_axes(layer.axis, x.shape)
-            if upstream == "population":
-                return self.calls[next(numbers)].normalize(x, axes)
-            mask = None if mask is None else arguments.fitted_mask(mask, x)
-            return normalize_by_batch(layer, x, axes, mask)[0]
+            return self.calls[next(numbers)].normalize(x, axes)
 
         with intercept_calls(self._layers, run):
             return self.forward(self._model, batch)

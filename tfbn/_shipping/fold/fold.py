@@ -6,6 +6,7 @@ import keras
 
 from tfbn._models import compare
 from tfbn._models.fused_part import fused_parts
+from tfbn._models.walk import require_model
 from tfbn._shipping.fold.assemble import assemble
 from tfbn._shipping.fold.check import difference_of
 from tfbn._shipping.fold.report import FoldReport
@@ -59,10 +60,7 @@ def fold(model: keras.Model, inputs: Any = None, *, tolerance: float | None = No
         >>> print(folded.report)
         >>> folded.save("folded.keras")
     """
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            f"`model` must be a Keras model. Received: model={model!r} of type {type(model).__name__}."
-        )
+    require_model(model)
     tolerance = compare.tolerance_for(model, tolerance)
     if fused_parts(model):
         model = unfuse(model)

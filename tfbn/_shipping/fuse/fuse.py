@@ -12,7 +12,7 @@ from tfbn._models.rebuild import rebuild
 from tfbn._models.recorded import record_batch_norms
 from tfbn._models.replace_layers import replace_inside
 from tfbn._models.signature import signature_of
-from tfbn._models.walk import batch_norm_layers, name_of
+from tfbn._models.walk import batch_norm_layers, name_of, require_model
 from tfbn._shipping.fold.check import difference_of
 from tfbn._shipping.fold.report import FoldedCall
 from tfbn._shipping.fold.trace import require_built, trace
@@ -67,7 +67,7 @@ def fuse(model: keras.Model, inputs: Any = None, *, tolerance: float | None = No
         >>> history = fused.fit(images, labels, verbose=0)
         >>> tuned = tfbn.unfuse(fused)
     """
-    _require_model(model)
+    require_model(model)
     require_unfused(model, "fuse")
     require_built(model)
     tolerance = compare.tolerance_for(model, tolerance)
@@ -118,7 +118,7 @@ def unfuse(model: keras.Model) -> keras.Model:
         >>> model = tfbn.unfuse(keras.models.load_model("fused.keras"))
         >>> path = tfbn.export(model, "served/1")
     """
-    _require_model(model)
+    require_model(model)
     if not fused_parts(model):
         raise ValueError(
             "The model is not fused: it has no layer that `tfbn.fuse` made. Pass what `tfbn.fuse(model)` returned. "
@@ -153,13 +153,6 @@ def _copy(model: keras.Model) -> keras.Model:
     """A copy of a model, not compiled: its optimizer's state may depend on the order of the weights."""
     with without_compilation(model):
         return rebuild(model, {})
-
-
-def _require_model(model: Any) -> None:
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            f"`model` must be a Keras model. Received: model={model!r} of type {type(model).__name__}."
-        )
 
 
 def _require_fusible(found: list[Found], model: keras.Model) -> None:

@@ -110,7 +110,7 @@ def diagnose(
         run = functools.partial(passes.forward, model)
         losses.add("training", run, lambda: batch_statistics(learning))
         losses.add("inference", run, lambda: no_updates(built))
-        losses.add("recalibrated", lambda batch: passes.predict(batch, "population"))
+        losses.add("recalibrated", passes.predict)
     experiments = None
     if passes.strategy.num_replicas_in_sync == 1:
         experiments = Experiments(model, built, passes.forward, split.aside, losses)

@@ -1,6 +1,7 @@
 """Comparing what the layers see in validation with what they see in training."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -8,17 +9,17 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn._data.multi_pass import MultiPassReader
-from tfbn._layer import arguments
-from tfbn._models.intercept import intercept_calls, isolated_tracing
+from tfbn._models.intercept import isolated_tracing
 from tfbn._models.walk import BatchNormLayer
 from tfbn._moments.moments import Moments
+from tfbn._statistics.diagnose.batch_mode import batch_statistics
 from tfbn._statistics.diagnose.causes import CAUSES, Cause
 from tfbn._statistics.diagnose.evidence import of_weights
 from tfbn._statistics.diagnose.finding import Finding
 from tfbn._statistics.diagnose.model_evidence import LOG_VARIANCE_RATIO, MEAN_SHIFT
 from tfbn._statistics.diagnose.signs import of_statistics
 from tfbn._statistics.diagnose.signs.sign import Sign
-from tfbn._statistics.layer_call import normalize_by_batch
+from tfbn._statistics.layer_call import values
 from tfbn._statistics.monitor.findings import CERTAIN
 from tfbn._statistics.monitor.observation import BatchEstimate
 from tfbn._statistics.monitor.snapshot import WatchedLayers
@@ -93,20 +94,16 @@ class ValidationWatch:
         found: list[Moments] = []
 
         def observe(
-            layer: BatchNormLayer, call: Any, inputs: Any, training: Any = None, mask: Any = None
-        ) -> tf.Tensor:
-            x = tf.convert_to_tensor(inputs)
-            axes = arguments.resolved_axes(layer.axis, x.shape)
-            mask = None if mask is None else arguments.fitted_mask(mask, x)
-            y, moments = normalize_by_batch(layer, x, axes, mask)
-            called.append(layer)
-            found.append(moments)
-            return y
+            layer: BatchNormLayer, x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None
+        ) -> None:
+            if not called:  # The layer that sees the data first.
+                called.append(layer)
+                found.append(values(x, axes, mask))
 
         def run(batch: Any) -> list[Moments]:
-            with intercept_calls(layers.layers, observe):
+            with batch_statistics(layers.layers, observe):
                 run_model(model, batch)
-            return found[:1]
+            return found
 
         with isolated_tracing():
             function = tf.function(run, autograph=False).get_concrete_function(self._spec)
