@@ -61,8 +61,8 @@ class FoldReport(Report):
             layers of the original model, with the same weights.
     """
 
-    title: ClassVar[str] = "Folded batch normalization"
-    outcomes: ClassVar[type[enum.StrEnum]] = Outcome
+    _title: ClassVar[str] = "Folded batch normalization"
+    _outcomes: ClassVar[type[enum.StrEnum]] = Outcome
 
     rows: tuple[FoldedCall, ...]
     difference: float
@@ -96,17 +96,17 @@ class FoldReport(Report):
         left = [row in self.left for row in self.rows]
         parts = [
             html.paragraph(self.summary()),
-            html.squares(kinds, titles, [outcome.value for outcome in self.outcomes]),
+            html.squares(kinds, titles, [outcome.value for outcome in self._outcomes]),
             html.heading("Layers, in order"),
             html.table(_HEADER, self._cells(), [False] * 3, marked=left),
         ]
-        return self.title, parts
+        return self._title, parts
 
     def summary(self) -> str:
         """Returns how many calls had which outcome, and the difference, in a sentence."""
         counts = Counter(row.outcome for row in self.rows)
         parts = [
-            f"{counts[outcome]} {outcome.value}" for outcome in self.outcomes if counts[outcome]
+            f"{counts[outcome]} {outcome.value}" for outcome in self._outcomes if counts[outcome]
         ]
         parts = parts or ["no batch normalization layers"]
         text = (

@@ -25,8 +25,8 @@ class FuseReport(FoldReport):
     and so does a notebook. The attributes are those of `tfbn.FoldReport`, with one row for each layer.
     """
 
-    title: ClassVar[str] = "Fused batch normalization"
-    outcomes: ClassVar[type[enum.StrEnum]] = Outcome
+    _title: ClassVar[str] = "Fused batch normalization"
+    _outcomes: ClassVar[type[enum.StrEnum]] = Outcome
 
     @property
     def left(self) -> tuple[FoldedCall, ...]:
