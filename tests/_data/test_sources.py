@@ -56,6 +56,16 @@ def rows(opened: Stream) -> list[list[int]]:
     return [[int(x) // 2 for x in batch[0][:, 0]] for batch in opened.epoch()]
 
 
+def test_a_pass_over_arrays_starts_no_thread_that_its_end_would_wait_for(monkeypatch):
+    seen = []
+    iterate = tf.data.Dataset.__iter__
+    monkeypatch.setattr(
+        tf.data.Dataset, "__iter__", lambda data: seen.append(data) or iterate(data)
+    )
+    as_source("data", (X, Y, W), BATCH, False, 0).start(0)
+    assert [data.options().autotune.enabled for data in seen] == [False]
+
+
 IN_ORDER = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 KINDS = {
     "arrays": lambda: (X, Y, W),

@@ -11,6 +11,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+AHEAD = 2
+"""How many batches of arrays are gathered at once, and how many are kept ready."""
+
 
 class Source(Protocol):
     """Data that can be read in batches, pass after pass."""
@@ -88,8 +91,16 @@ class ArraySource:
                 lambda array: None if array is None else tf.gather(array, here), self._arrays
             )
 
-        batches = tf.data.Dataset.range(self.steps).map(batch, num_parallel_calls=tf.data.AUTOTUNE)
-        return iter(batches.prefetch(tf.data.AUTOTUNE))
+        batches = tf.data.Dataset.range(self.steps).map(batch, num_parallel_calls=AHEAD)
+        return iter(batches.prefetch(AHEAD).with_options(_untuned()))
+
+
+def _untuned() -> tf.data.Options:
+    # A thread tunes the parallelism of each iterator, and sleeps longer and longer, up to a minute. On busy
+    # processors it misses the end of the iterator, and the epoch ends only when the thread wakes up.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return options
 
 
 class DatasetSource:
