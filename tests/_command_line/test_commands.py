@@ -15,10 +15,6 @@ from command_line import assert_same_outputs, run, small_model
 from tfbn._models.walk import batch_norm_layers
 
 layers = keras.layers
-# Keras 3.10 reads from its files that a model takes a list of one input, and warns of a tensor.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:(?s).*The structure of `inputs` doesn't match:UserWarning"
-)
 
 
 @pytest.fixture

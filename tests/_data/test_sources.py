@@ -1,7 +1,5 @@
 """The data that the loop takes: every kind gives the same batches, and bad data is refused."""
 
-import inspect
-
 import keras
 import numpy as np
 import pytest
@@ -200,9 +198,6 @@ def test_batches_of_a_generator_may_differ_in_any_size():
     assert int(one.model.optimizer.iterations) == 3
 
 
-@pytest.mark.skipif(
-    "ragged" not in inspect.signature(keras.Input).parameters, reason="needs a newer Keras"
-)
 def test_ragged_tensors_come_in_a_dataset():
     ragged = tf.ragged.constant([[1.0], [1.0, 2.0], [3.0, 4.0, 5.0]])
     data = tf.data.Dataset.from_tensor_slices((ragged, [[0.0], [1.0], [2.0]])).batch(2)

@@ -84,20 +84,11 @@ def test_a_list_of_one_axis_is_that_axis():
     ids=str,
 )
 def test_weight_names_and_order_are_keras_s(arguments):
-    ours, stock = tfbn.BatchNormalization(**arguments), stock_layer(**arguments)
+    ours, stock = tfbn.BatchNormalization(**arguments), keras.layers.BatchNormalization(**arguments)
     for layer in (ours, stock):
         layer.build((None, 3))
     for kind in ("weights", "trainable_weights", "non_trainable_weights"):
         assert [w.name for w in getattr(ours, kind)] == [w.name for w in getattr(stock, kind)]
-
-
-def stock_layer(**arguments) -> keras.layers.Layer:
-    try:
-        return keras.layers.BatchNormalization(**arguments)
-    except (TypeError, ValueError) as error:
-        if set(arguments) & {"renorm"} and "renorm" in str(error):
-            pytest.skip(f"Keras {keras.__version__} has no renorm")
-        raise
 
 
 def test_cumulative_average_adds_only_the_count_of_updates():
@@ -393,8 +384,6 @@ def test_build_config_builds_an_equal_layer():
     assert [(w.name, w.shape) for w in again.weights] == [(w.name, w.shape) for w in layer.weights]
 
 
-# Keras 3.10 reads from its files that a model takes a list of one input, and warns of a tensor.
-@pytest.mark.filterwarnings("ignore:(?s).*The structure of `inputs` doesn't match:UserWarning")
 @pytest.mark.parametrize(
     "arguments",
     [{}, {"renorm": True}, {"momentum": None}, {"axis": [-1]}, CONFIGURED],

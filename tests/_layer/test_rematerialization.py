@@ -61,9 +61,6 @@ def test_recompute_grad_updates_once_for_each_call_of_the_forward_pass(mode, cal
 
 @pytest.mark.parametrize("scope", ["remat", "RematScope"])
 def test_keras_s_own_ways_update_once(scope):
-    if not hasattr(keras, scope):
-        pytest.skip(f"Keras {keras.__version__} has no {scope}")
-
     def trained(remat):
         keras.utils.set_random_seed(0)
         inputs = keras.Input((4,))

@@ -54,8 +54,6 @@ def outputs(served, x):
     return result.numpy()
 
 
-# Keras 3.10 reads from its files that a model takes a list of one input, and warns of a tensor.
-@pytest.mark.filterwarnings("ignore:(?s).*The structure of `inputs` doesn't match:UserWarning")
 @pytest.mark.parametrize(
     "save", [exported, saved_by_tensorflow, saved_by_keras, saved_weights], ids=lambda f: f.__name__
 )
@@ -86,8 +84,6 @@ def test_the_comparison_sees_each_weight_of_the_layer(model):
                 weight.assign(before)
 
 
-# Keras 3.10 reads from its files that a model takes a list of one input, and warns of a tensor.
-@pytest.mark.filterwarnings("ignore:(?s).*The structure of `inputs` doesn't match:UserWarning")
 def test_a_loaded_model_has_every_weight_and_trains_on(model, tmp_path):
     loaded = saved_by_keras(model, tmp_path / "model")
     x = draw(8)

@@ -10,7 +10,6 @@ import pytest
 import tensorflow as tf
 
 import tfbn
-from cases import KERAS_HAS_RENORM
 from graphs import randomize
 from tfbn._models.walk import batch_norm_layers, walk
 
@@ -169,8 +168,6 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("make", MODELS)
 def test_there_and_back_again_is_the_identity(make):
-    if make is renormalized and not KERAS_HAS_RENORM:
-        pytest.skip(f"Keras {keras.__version__} has no renorm")
     model = randomize(make())
     x = tf.constant([[1, 2, 3, 0, 0, 0]] * 3)
     if make is not masked:
@@ -281,15 +278,7 @@ def test_layers_can_be_synchronized_and_not():
     ("layer", "data", "inputs"),
     [
         (layers.StringLookup(output_mode="one_hot"), ["red", "red", "blue"], ["red", "grey"]),
-        pytest.param(
-            layers.Discretization(num_bins=3, output_mode="one_hot"),
-            [1.0, 2.0, 5.0],
-            [1.0, 4.0],
-            marks=pytest.mark.skipif(
-                keras.__version__.startswith("3.10."),
-                reason="Keras 3.10 takes its output for one wide",
-            ),
-        ),
+        (layers.Discretization(num_bins=3, output_mode="one_hot"), [1.0, 2.0, 5.0], [1.0, 4.0]),
         (layers.Normalization(axis=-1), [[1.0], [2.0], [9.0]], [3.0, 4.0]),
     ],
     ids=["lookup", "bins", "normalization"],

@@ -316,10 +316,7 @@ def test_neither_momentum_nor_virtual_batches_nor_synchronization_change_the_sta
 
 @pytest.mark.parametrize("kind", BOTH)
 def test_after_it_both_corrections_of_renorm_are_the_identity(kind):
-    try:
-        layer = BOTH[kind](renorm=True)
-    except (TypeError, ValueError):
-        pytest.skip(f"Keras {keras.__version__} has no renorm")
+    layer = BOTH[kind](renorm=True)
     tfbn.recalibrate(layer, X, batch_size=5)
     expected = (X - X.mean(0)) / np.sqrt(X.var(0) + layer.epsilon)
     np.testing.assert_allclose(layer(X, training=False), expected, rtol=1e-4, atol=1e-5)

@@ -288,7 +288,7 @@ def test_callbacks_are_called_as_in_fit():
     )
     theirs.compile("sgd", "mse", metrics=["mae"])
     theirs.fit(x, x, validation_data=(x, x), callbacks=[other], **fit)
-    assert one.params == {"accumulation_steps": 1} | other.params  # Keras 3.10 does not name them.
+    assert one.params == {"accumulation_steps": 1} | other.params  # `fit` does not accumulate.
     assert one.model is ours
     assert one.calls == other.calls
     assert {name for name, *_ in one.calls} == {

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import itertools
 import random
 import zlib
 from typing import Any
 
-import keras
 import numpy as np
 
 LAYOUTS: list[tuple[tuple[int, ...], int | list[int]]] = [  # shape without the batch, axis
@@ -48,8 +46,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cumulative": {"momentum": None},
 }
 MODES = ["eager", "graph", "xla"]
-# Newer than Keras 3.10, the oldest that we promise.
-KERAS_HAS_RENORM = "renorm" in inspect.signature(keras.layers.BatchNormalization).parameters
 FACTORS: dict[str, list[Any]] = {
     "layout": LAYOUTS,
     "dtype": DTYPES,
@@ -101,17 +97,14 @@ class Case:
         """Whether Keras's own layer can be built and fed so."""
         return (
             isinstance(self.layout[1], int)
-            and (self.variant == "plain" or ("renorm" in self.numerics and KERAS_HAS_RENORM))
+            and (self.variant == "plain" or "renorm" in self.numerics)
             and self.mask_is_for_keras
         )
 
     @property
     def mask_is_for_keras(self) -> bool:
-        # Keras takes masks of one axis fewer than the input: the last one is out of its reach. In
-        # 3.10 it counts that axis as one position, which is right only if it holds the channels.
+        # Keras takes masks of one axis fewer than the input: the last one is out of its reach.
         rank = len(self.input_shape)
-        if self.mask and not KERAS_HAS_RENORM and self.layout[1] not in (-1, rank - 1):
-            return False
         return self.mask in (None, "examples", "positions") or (self.mask == "steps" and rank > 2)
 
     @property

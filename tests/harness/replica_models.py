@@ -155,9 +155,6 @@ def added_losses(strategy: Any) -> Observed:
     import tensorflow as tf
 
     import tfbn
-    from keras_versions import ACTIVITY_LOSS_IS_A_MEAN
-
-    l1, l2 = ("l1", "l2") if ACTIVITY_LOSS_IS_A_MEAN else (None, None)
 
     class Penalty(keras.layers.Layer):
         def call(self, x: Any) -> Any:
@@ -168,10 +165,10 @@ def added_losses(strategy: Any) -> Observed:
         keras.utils.set_random_seed(0)
         with where.scope():
             inputs = keras.Input((4,))
-            x = keras.layers.Dense(3, activity_regularizer=l2)(inputs)
+            x = keras.layers.Dense(3, activity_regularizer="l2")(inputs)
             for _ in range(2):
                 x = tfbn.BatchNormalization(**arguments)(Penalty()(x))
-            outputs = keras.layers.Dense(1, activity_regularizer=l1)(Penalty()(x))
+            outputs = keras.layers.Dense(1, activity_regularizer="l1")(Penalty()(x))
             model = keras.Model(inputs, outputs)
             model.compile(keras.optimizers.SGD(0.1), "mse")
         # The same examples for each replica: every mean is then that of one device.

@@ -148,7 +148,6 @@ def adding_losses() -> Any:
     import keras
 
     import tfbn
-    from keras_versions import ACTIVITY_LOSS_IS_A_MEAN
 
     @keras.saving.register_keras_serializable(package="test")
     class Add(keras.layers.Layer):
@@ -157,14 +156,13 @@ def adding_losses() -> Any:
             return x
 
     layers = keras.layers
-    l1, l2 = ("l1", "l2") if ACTIVITY_LOSS_IS_A_MEAN else (None, None)
     return keras.Sequential(
         [
             keras.Input((4,)),
-            layers.Dense(5, activity_regularizer=l2, kernel_regularizer="l2"),
+            layers.Dense(5, activity_regularizer="l2", kernel_regularizer="l2"),
             Add(),
             tfbn.BatchNormalization(synchronized=True),
-            layers.Dense(3, activity_regularizer=l1),
+            layers.Dense(3, activity_regularizer="l1"),
             tfbn.BatchNormalization(synchronized=True, gamma_regularizer="l1"),
             Add(),
         ]

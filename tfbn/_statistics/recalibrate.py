@@ -182,7 +182,7 @@ def _change(
     variance = average(old_variance, variance, np.where(seen, weight, 0))
     stddev = np.sqrt(variance + layer.epsilon)
     values: list[Assignment] = [(layer.moving_mean, mean), (layer.moving_variance, variance)]
-    if getattr(layer, "renorm", False):  # Keras 3.10 has no renorm.
+    if layer.renorm:
         values += [
             (layer.moving_stddev, stddev),
             (layer.renorm_mean, mean),

@@ -16,6 +16,7 @@ import tensorflow as tf
 import tfbn
 from custom_models import MODELS
 from graphs import random_model, randomize
+from keras_versions import HAS_3_15
 from tfbn._models.fused_part import fused_parts
 from tfbn._models.walk import walk
 
@@ -77,6 +78,8 @@ def test_custom_layers_and_models_survive_fusing_saving_and_unfusing(name, tmp_p
     fused = tfbn.fuse(model)
     assert fused_parts(fused)
     assert_same(tfbn.unfuse(fused), model)
+    if not HAS_3_15 and name in ("nest", "network"):
+        pytest.skip("Before 3.15, Keras's files lack what is in containers of containers")
     fused.save(tmp_path / "fused.keras")
     loaded = keras.models.load_model(tmp_path / "fused.keras", compile=False)
     assert len(fused_parts(loaded)) == len(fused_parts(fused))

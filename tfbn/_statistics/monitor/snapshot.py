@@ -51,7 +51,7 @@ class WatchedLayers:
         self.resolution = self.to_channels(
             [RESOLUTION.get(str(layer.moving_mean.dtype), 2.0**-8) for layer in self.layers]
         )
-        self.renorm = self.to_channels([_has_renorm(layer) for layer in self.layers])
+        self.renorm = self.to_channels([layer.renorm for layer in self.layers])
         self._starts = np.cumsum([0, *self.sizes])[:-1].astype(int)
 
     @property
@@ -67,7 +67,7 @@ class WatchedLayers:
         return Snapshot(
             self._read(lambda layer: layer.moving_mean),
             self._read(
-                lambda layer: layer.moving_stddev if _has_renorm(layer) else layer.moving_variance
+                lambda layer: layer.moving_stddev if layer.renorm else layer.moving_variance
             ),
             self._read(lambda layer: layer.update_count if layer.momentum is None else None, 0),
         )
@@ -108,7 +108,3 @@ class WatchedLayers:
 
 def _learns(layer: BatchNormLayer) -> bool:
     return not statistics_are_frozen(layer) and layer.momentum != 1
-
-
-def _has_renorm(layer: BatchNormLayer) -> bool:
-    return bool(getattr(layer, "renorm", False))  # Keras 3.8 has no renorm.
