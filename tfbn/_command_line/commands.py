@@ -81,7 +81,9 @@ def convert(options: argparse.Namespace) -> int:
 def fuse(options: argparse.Namespace) -> int:
     """Fuses batch normalization with the layers before it."""
     files.require_output(options.output, options.overwrite)
-    model = fuse_model(_load(options), _inputs(options), tolerance=options.tolerance)
+    model = fuse_model(
+        _load(options), _inputs(options), tolerance=options.tolerance, verbose=_verbose(options)
+    )
     return _finish(options, model, model.report)
 
 
@@ -95,7 +97,9 @@ def unfuse(options: argparse.Namespace) -> int:
 def fold(options: argparse.Namespace) -> int:
     """Folds batch normalization into the adjacent layers."""
     files.require_output(options.output, options.overwrite)
-    model = fold_model(_load(options), _inputs(options), tolerance=options.tolerance)
+    model = fold_model(
+        _load(options), _inputs(options), tolerance=options.tolerance, verbose=_verbose(options)
+    )
     return _finish(options, model, model.report)
 
 
@@ -111,6 +115,7 @@ def export(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
         inputs=_inputs(options),
         tolerance=options.tolerance,
+        verbose=_verbose(options),
     )
     _print(options, exported, str(exported))
     return HEALTHY

@@ -18,11 +18,13 @@ from tfbn._models.walk import batch_norm_layers, children, require_model, walk
 from tfbn._normalize.by_hand import without_gradients
 from tfbn._shipping import model_card
 from tfbn._shipping.atomic_directory import atomic_directory
-from tfbn._shipping.fold.fold import fold as fold_model
+from tfbn._shipping.fold.fold import STAGES as FOLD_STAGES
+from tfbn._shipping.fold.fold import fold_in_stages
 from tfbn._shipping.fold.report import FoldReport
 from tfbn._shipping.fold.trace import TraceError
 from tfbn._shipping.fuse.fuse import unfuse
 from tfbn._support import html
+from tfbn._support.progress import Progress, prints_result
 from tfbn._support.reports import Report, plain
 
 SIGNATURE = "serving_default"
@@ -45,6 +47,7 @@ def export(
     overwrite: bool = False,
     inputs: Any = None,
     tolerance: float | None = None,
+    verbose: int | str = "auto",
 ) -> Path:
     """Writes the model as a SavedModel that a process with TensorFlow alone can serve.
 
@@ -69,6 +72,8 @@ def export(
             inputs.
         tolerance: The largest allowed difference between outputs, relative to the largest output.
             Defaults to 1e-4, and more for models that compute in half precision.
+        verbose: 0 for silence; 1 for a progress bar, or 2 for a line at the end, and the printed report; "auto"
+            for a progress bar in a terminal if it takes longer than a second.
 
     Returns:
         The path.
@@ -85,9 +90,18 @@ def export(
         >>> served = tf.saved_model.load("served/1").signatures["serving_default"]
         >>> served(image=images)
     """
-    return write_saved_model(
-        model, path, fold=fold, overwrite=overwrite, inputs=inputs, tolerance=tolerance
-    ).path
+    exported = write_saved_model(
+        model,
+        path,
+        fold=fold,
+        overwrite=overwrite,
+        inputs=inputs,
+        tolerance=tolerance,
+        verbose=verbose,
+    )
+    if prints_result(verbose):
+        print(exported)
+    return exported.path
 
 
 @dataclass(frozen=True)
@@ -149,8 +163,10 @@ def write_saved_model(
     overwrite: bool,
     inputs: Any,
     tolerance: float | None,
+    verbose: int | str,
 ) -> Exported:
     """Does what `export` does, and returns a report."""
+    progress = Progress(verbose, "stage", 2 + (FOLD_STAGES if fold else 0))
     require_model(model)
     if re.match(r"\w{2,}:/", str(path)):
         raise ValueError(
@@ -162,33 +178,37 @@ def write_saved_model(
         model = unfuse(model)
     with atomic_directory(path, overwrite, is_ours=tf.saved_model.contains_saved_model) as folder:
         signature = signature_of(model)
-        served, report = _folded(model, inputs, tolerance) if fold else (model, None)
+        served, report = _folded(model, inputs, tolerance, progress) if fold else (model, None)
         _write(served, signature, folder)
+        progress.tick()
+        loaded = tf.saved_model.load(str(folder))
         if inputs is None:
             examples = [compare.random_inputs(signature.structure, size) for size in (1, 3)]
         else:
             examples = [inputs]
-        difference = max(_difference(model, signature, folder, example) for example in examples)
+        difference = max(_difference(model, signature, loaded, example) for example in examples)
         if not difference <= tolerance:
             raise ExportError(
                 "The SavedModel gives other outputs than the model, so it was removed. "
                 f"Received: a difference of {difference:.2g} relative to the largest output, "
                 f"tolerance={tolerance:.2g}. {compare.advice(model, examples[0], tolerance)}"
             )
+        progress.tick()
         card = model_card.text(model, signature, SIGNATURE, difference, report)
         (folder / "MODEL_CARD.md").write_text(card, encoding="utf-8")
     return Exported(path, difference, report)
 
 
 def _folded(
-    model: keras.Model, inputs: Any, tolerance: float
+    model: keras.Model, inputs: Any, tolerance: float, progress: Progress
 ) -> tuple[keras.Model, FoldReport | None]:
     """Returns the folded model and its report; the model itself if its graph cannot be traced."""
     try:
-        folded = fold_model(model, inputs, tolerance=tolerance)
+        folded = fold_in_stages(model, inputs, tolerance, progress)
     except TraceError as error:
         if batch_norm_layers(model):
             warnings.warn(f"The model is exported unfolded. {error}", stacklevel=4)
+        progress.tick(units=FOLD_STAGES)
         return model, None
     return folded, folded.report
 
@@ -222,9 +242,8 @@ def _write(model: keras.Model, signature: Signature, folder: Path) -> None:
         ) from error
 
 
-def _difference(model: keras.Model, signature: Signature, folder: Path, inputs: Any) -> float:
+def _difference(model: keras.Model, signature: Signature, loaded: Any, inputs: Any) -> float:
     """The largest difference between the outputs of the SavedModel and of the model, relative to the largest."""
-    loaded = tf.saved_model.load(str(folder))  # Keeps the variables of the signature alive.
     served = loaded.signatures[SIGNATURE]
     names = [spec.name for spec in signature.inputs]
     flat = [tf.convert_to_tensor(x) for x in keras.tree.flatten(inputs)]

@@ -27,28 +27,33 @@ class Progress:
         verbose: 0 for silence, 1 for a bar, 2 for one line at the end, "auto" for a bar in a terminal if the
             work takes longer than a second.
         unit: What is counted.
+        target: How many there will be, if that is known.
 
     Raises:
         ValueError: If ``verbose`` is anything else.
     """
 
-    def __init__(self, verbose: int | str, unit: str = "step"):
+    def __init__(self, verbose: int | str, unit: str = "step", target: int | None = None):
         check_verbose(verbose)
+        self._target = target
         self._begin = time.monotonic()
         self._wait = PATIENCE if verbose == "auto" else 0.0
         level = int(sys.stdout.isatty()) if verbose == "auto" else int(verbose)
         self._bar = keras.utils.Progbar(None, verbose=level, unit_name=unit) if level else None
         self._done = 0
 
-    def tick(self, target: int | None) -> None:
+    def tick(self, target: int | None = None, units: int = 1) -> None:
         """Counts a unit.
 
         Args:
-            target: How many there will be, if that is known.
+            target: How many there will be, if that is known only now.
+            units: How many to count.
         """
-        self._done += 1
+        self._done += units
+        if target is not None:
+            self._target = target
         if self._bar is not None and time.monotonic() - self._begin >= self._wait:
-            self._bar.target = target
+            self._bar.target = self._target
             self._bar.update(self._done)
 
 

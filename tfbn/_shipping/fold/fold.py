@@ -13,9 +13,19 @@ from tfbn._shipping.fold.report import FoldReport
 from tfbn._shipping.fold.search import fold_graph
 from tfbn._shipping.fold.trace import trace
 from tfbn._shipping.fuse.fuse import unfuse
+from tfbn._support.progress import Progress, prints_result
+
+STAGES = 4
+"""How often `fold_in_stages` counts."""
 
 
-def fold(model: keras.Model, inputs: Any = None, *, tolerance: float | None = None) -> keras.Model:
+def fold(
+    model: keras.Model,
+    inputs: Any = None,
+    *,
+    tolerance: float | None = None,
+    verbose: int | str = "auto",
+) -> keras.Model:
     r"""Returns a model for inference with batch normalization folded into the adjacent layers.
 
     In inference mode, batch normalization computes :math:`s x + t` per channel, with the scale
@@ -40,6 +50,8 @@ def fold(model: keras.Model, inputs: Any = None, *, tolerance: float | None = No
             inputs.
         tolerance: The largest allowed difference between outputs, relative to the largest output.
             Defaults to 1e-4, and more for models that compute in half precision.
+        verbose: 0 for silence; 1 for a progress bar, or 2 for a line at the end, and the printed report; "auto"
+            for a progress bar in a terminal if it takes longer than a second.
 
     Returns:
         A Functional model of Keras's own layers, which needs no tfbn to load. It is not compiled. Its
@@ -51,8 +63,8 @@ def fold(model: keras.Model, inputs: Any = None, *, tolerance: float | None = No
     Raises:
         TypeError: If `model` is not a Keras model.
         ValueError: If the model is not built; if its `call` does not work on symbolic tensors; if a layer
-            cannot be copied from its config; if outputs to compare are empty or not finite; or if `tolerance` is
-            not a number of at least 0.
+            cannot be copied from its config; if outputs to compare are empty or not finite; or if `tolerance` or
+            `verbose` is out of range.
         FoldError: If the outputs differ by more than the tolerance. It is a `ValueError`.
 
     Example:
@@ -60,15 +72,29 @@ def fold(model: keras.Model, inputs: Any = None, *, tolerance: float | None = No
         >>> print(folded.report)
         >>> folded.save("folded.keras")
     """
+    folded = fold_in_stages(model, inputs, tolerance, Progress(verbose, "stage", STAGES))
+    if prints_result(verbose):
+        print(folded.report)
+    return folded
+
+
+def fold_in_stages(
+    model: keras.Model, inputs: Any, tolerance: float | None, progress: Progress
+) -> keras.Model:
+    """Does what `fold` does, and counts its stages."""
     require_model(model)
     tolerance = compare.tolerance_for(model, tolerance)
     if fused_parts(model):
         model = unfuse(model)
     graph = trace(model)
+    progress.tick()
     rows = fold_graph(graph)
+    progress.tick()
     folded, shared = assemble(graph, model)
+    progress.tick()
     if inputs is None:
         inputs = compare.random_inputs(folded.input, batch_size=2)
     difference = difference_of(model, folded, inputs, tolerance, "folded")
+    progress.tick()
     folded.report = FoldReport(tuple(rows), difference, tolerance, shared)
     return folded

@@ -20,9 +20,16 @@ from tfbn._shipping.fuse.frozen_norm import FrozenNorm
 from tfbn._shipping.fuse.fused_linear import FusedLinear, FusedNorm
 from tfbn._shipping.fuse.report import FuseReport, Outcome
 from tfbn._shipping.fuse.search import Found, search
+from tfbn._support.progress import Progress, prints_result
 
 
-def fuse(model: keras.Model, inputs: Any = None, *, tolerance: float | None = None) -> keras.Model:
+def fuse(
+    model: keras.Model,
+    inputs: Any = None,
+    *,
+    tolerance: float | None = None,
+    verbose: int | str = "auto",
+) -> keras.Model:
     r"""Returns a copy of a model to fine-tune, with batch normalization fused with the linear layers before it.
 
     With frozen statistics, a linear layer :math:`W x + b` and the batch normalization after it compute
@@ -49,6 +56,8 @@ def fuse(model: keras.Model, inputs: Any = None, *, tolerance: float | None = No
         inputs: Inputs to compare outputs on, as you would call the model with them. Defaults to random inputs.
         tolerance: The largest allowed difference between outputs, relative to the largest output.
             Defaults to 1e-4, and more for models that compute in half precision.
+        verbose: 0 for silence; 1 for a progress bar, or 2 for a line at the end, and the printed report; "auto"
+            for a progress bar in a terminal if it takes longer than a second.
 
     Returns:
         The fused model, with its own weights. It is not compiled. The attribute `report`, a `tfbn.FuseReport`, tells
@@ -67,12 +76,15 @@ def fuse(model: keras.Model, inputs: Any = None, *, tolerance: float | None = No
         >>> history = fused.fit(images, labels, verbose=0)
         >>> tuned = tfbn.unfuse(fused)
     """
+    progress = Progress(verbose, "stage", 4)
     require_model(model)
     require_unfused(model, "fuse")
     require_built(model)
     tolerance = compare.tolerance_for(model, tolerance)
     new = _copy(model)
+    progress.tick()
     found = search(trace(new))
+    progress.tick()
     _require_fusible(found, model)
     swaps: dict[int, keras.layers.Layer] = {}
     for norm, _, outcome, linear, _ in found:
@@ -88,10 +100,14 @@ def fuse(model: keras.Model, inputs: Any = None, *, tolerance: float | None = No
             swaps[id(norm)] = FrozenNorm(norm, **names)
     replace_inside(new, swaps)
     record_batch_norms(new)
+    progress.tick()
     if inputs is None:
         inputs = compare.random_inputs(signature_of(model).structure, batch_size=2)
     difference = difference_of(model, new, inputs, tolerance, "fused")
+    progress.tick()
     new.report = FuseReport(tuple(map(_row, found)), difference, tolerance)
+    if prints_result(verbose):
+        print(new.report)
     return new
 
 
