@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import keras
@@ -12,6 +13,7 @@ import tensorflow as tf
 
 import tfbn
 from command_line import assert_same_outputs, run, small_model
+from tfbn._command_line import commands
 from tfbn._models.walk import batch_norm_layers
 
 layers = keras.layers
@@ -102,10 +104,29 @@ def test_diagnose_exits_with_1_if_it_finds_something(path, data, capsys):
     assert json.loads(out)["findings"]
 
 
+def test_the_command_has_the_options_of_the_cure_and_of_the_diagnosis(
+    path, data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    options = ["--upstream", "batch", "--import", "json", "--no-safe-mode"]
+    _, out, _ = run(capsys, "diagnose", path.name, data.name, *options)
+    recalibrate = f"tfbn recalibrate {path.name} {data.name}"
+    assert f"    {recalibrate} {' '.join(options)} --output recalibrated.keras\n" in out
+    frozen = commands._as_command(
+        Namespace(prog="tfbn", model="a b.keras", data="x.npy", imports=[], safe_mode=True),
+        "tfbn.recalibrate(model, data, include_frozen=True)",
+    )
+    assert (
+        frozen == "tfbn recalibrate 'a b.keras' x.npy --include-frozen --output recalibrated.keras"
+    )
+
+
 def test_recalibrate_cures_what_diagnose_finds(path, data, tmp_path, capsys):
     _, out, _ = run(capsys, "diagnose", path, data)
     hint = f"recalibrate {path} {data} --output recalibrated.keras"
     assert hint in out
+    run(capsys, "diagnose", path, data, "--html", tmp_path / "report.html")
+    assert f"{hint}</code>" in (tmp_path / "report.html").read_text(encoding="utf-8")
     output = tmp_path / "recalibrated.keras"
     status, out, _ = run(capsys, *hint.split()[:-1], output)
     assert status == 0

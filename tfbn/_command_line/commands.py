@@ -1,7 +1,9 @@
 """The commands: each applies a public function to files, prints what it returns, and returns an exit status."""
 
 import argparse
+import functools
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tfbn._shipping.fuse.fuse import unfuse as unfuse_model
 from tfbn._statistics.diagnose.diagnose import diagnose as diagnose_model
 from tfbn._statistics.inspect import Inspection
 from tfbn._statistics.recalibrate import recalibrate as recalibrate_model
+from tfbn._support import html
 from tfbn._support.reports import Report
 
 HEALTHY, FINDINGS, ERROR = 0, 1, 2
@@ -43,12 +46,11 @@ def diagnose(options: argparse.Namespace) -> int:
         verbose=_verbose(options),
     )
     text = str(diagnosis)
-    if any("tfbn.recalibrate(" in finding.cure for finding in diagnosis.findings):
-        text += (
-            "\n\nTo recalibrate the model in the file:\n"
-            f"    {options.prog} recalibrate {options.model} {options.data} --output recalibrated.keras"
-        )
-    _print(options, diagnosis, text)
+    as_command = functools.partial(_as_command, options)
+    for command in dict.fromkeys(as_command(finding.cure) for finding in diagnosis.findings):
+        if command:
+            text += f"\n\nTo recalibrate the model in the file:\n    {command}"
+    _print(options, diagnosis, text, diagnosis._page(as_command))
     return FINDINGS if diagnosis else HEALTHY
 
 
@@ -121,11 +123,28 @@ def export(options: argparse.Namespace) -> int:
     return HEALTHY
 
 
-def _print(options: argparse.Namespace, report: Report, text: str) -> None:
+def _print(
+    options: argparse.Namespace,
+    report: Report,
+    text: str,
+    page: tuple[str, list[str]] | None = None,
+) -> None:
     if options.html is not None:
-        report.to_html(options.html)
+        html.write(options.html, *(report._page() if page is None else page))
         text += f"\nwritten: {options.html}"
     print(json.dumps(report.to_dict(), indent=2, allow_nan=False) if options.json else text)
+
+
+def _as_command(options: argparse.Namespace, cure: str) -> str:
+    """Returns the command that does what the code does that recalibrates; nothing for other code."""
+    if not cure.startswith("tfbn.recalibrate("):
+        return ""
+    words = [str(options.model), str(options.data)]
+    words += ["--upstream", "batch"] * ("upstream='batch'" in cure)
+    words += ["--include-frozen"] * ("include_frozen=True" in cure)
+    words += [word for name in options.imports for word in ("--import", name)]
+    words += ["--no-safe-mode"] * (not options.safe_mode)
+    return f"{options.prog} recalibrate {shlex.join(words)} --output recalibrated.keras"
 
 
 def _verbose(options: argparse.Namespace) -> int | str:

@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,9 @@ WIDTH = 80
 """The width of printed text, except for tables and code."""
 MOST_PICTURES = 12
 """For how many layers a page shows the channels."""
+
+AsCommand = Callable[[str], str]
+"""Writes the code of a cure as a command; empty if none does the same."""
 
 
 class ChannelStatistics(NamedTuple):
@@ -105,9 +108,10 @@ class Diagnosis(Report):
             parts.append(tables.markdown(*self._mode_table()))
         return "\n\n".join(parts) + "\n"
 
-    def _page(self) -> tuple[str, list[str]]:
+    def _page(self, as_command: AsCommand = lambda cure: "") -> tuple[str, list[str]]:
+        """The page. Where a cure can be written as a command, it shows that, too."""
         parts = [html.paragraph(f"{self._extent()}.", "soft")]
-        parts += [_box(finding) for finding in self.findings]
+        parts += [_box(finding, as_command) for finding in self.findings]
         if not self.findings:
             parts.append(html.box("No findings", [html.paragraph(f"{self._verdict()}.")], "good"))
         if self.modes:
@@ -237,7 +241,7 @@ def finding_text(finding: Finding) -> str:
     return "\n    ".join([head, *lines])
 
 
-def _box(finding: Finding) -> str:
+def _box(finding: Finding, as_command: AsCommand) -> str:
     parts = [html.paragraph(finding.explanation)]
     if finding.evidence:
         parts.append(html.paragraph(_numbers(finding), "soft"))
@@ -245,6 +249,8 @@ def _box(finding: Finding) -> str:
         html.labelled(label.capitalize(), text, code=label == "cure")
         for label, text in _what_to_do(finding)
     ]
+    if command := as_command(finding.cure):
+        parts.append(html.labelled("The cure as a command", command, code=True))
     head = f"{finding.severity.capitalize()}: {finding.kind} ({_concerned(finding)})"
     return html.box(head, parts, finding.severity)
 
