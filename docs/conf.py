@@ -56,6 +56,7 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_attr_annotations = False
 autodoc_inherit_docstrings = False
+autodoc_preserve_defaults = True  # a default that is a class has the name that users know
 napoleon_use_admonition_for_examples = False
 napoleon_custom_sections = [
     ("Call arguments", "params_style"),

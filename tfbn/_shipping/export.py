@@ -36,6 +36,12 @@ class ExportError(RuntimeError):
     """Raised by `tfbn.export` when the written SavedModel gives other outputs than the model.
 
     Nothing is kept: an existing SavedModel at the path is unchanged.
+
+    Example:
+        >>> try:
+        ...     path = tfbn.export(model, "served/1", inputs=images)
+        ... except tfbn.ExportError as error:
+        ...     print(error)
     """
 
 

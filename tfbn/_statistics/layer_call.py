@@ -14,7 +14,13 @@ from tfbn._normalize.kernel import Normalization
 
 
 class NotFiniteError(ValueError):
-    """The inputs of a layer contain NaN or infinite values."""
+    """Raised by `tfbn.recalibrate` when the inputs of a layer contain NaN or infinity. The model does not change.
+
+    Example:
+        >>> tfbn.recalibrate(model, images * float("nan"))
+        Traceback (most recent call last):
+        tfbn.NotFiniteError: ...
+    """
 
 
 class LayerCall:

@@ -24,6 +24,10 @@ class LayerChange:
         mean_shift: How far the mean moved, in standard deviations of the new statistics: the root mean
             square over the channels.
         variance_ratio: The new variance divided by the old one: the geometric mean over the channels.
+
+    Example:
+        >>> [change.outcome for change in tfbn.recalibrate(model, images).layers]
+        ['recalibrated']
     """
 
     layer: str
@@ -46,6 +50,12 @@ class Recalibration(Report):
         examples: The number of examples in a pass.
         cache: How the tensors between levels were kept.
         layers: A `LayerChange` for each layer, in order of definition.
+
+    Example:
+        >>> result = tfbn.recalibrate(model, images)
+        >>> result.passes, result.examples
+        (1, 96)
+        >>> result.to_html("recalibration.html")
     """
 
     upstream: str

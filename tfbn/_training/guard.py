@@ -12,7 +12,22 @@ from tfbn._models.walk import BatchNormLayer, batch_norm_layers, statistics_are_
 
 
 class StatisticsNotUpdatedError(RuntimeError):
-    """A model was trained, but its batch normalization layers learned no moving statistics."""
+    """Raised by `tfbn.TrainingLoop.fit` when batch normalization layers learned no moving statistics.
+
+    Example:
+        >>> class Classifier(keras.Model):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.norm = tfbn.BatchNormalization()
+        ...         self.dense = keras.layers.Dense(3)
+        ...
+        ...     def call(self, x):
+        ...         return self.dense(self.norm(x, training=False))  # never trains
+        >>> loop = tfbn.TrainingLoop(Classifier(), "sgd", loss)
+        >>> loop.fit(images.reshape(-1, 64), labels, verbose=0)
+        Traceback (most recent call last):
+        tfbn.StatisticsNotUpdatedError: ...
+    """
 
 
 def learns_statistics(layer: BatchNormLayer) -> bool:

@@ -171,6 +171,17 @@ def test_batches_of_a_single_value_are_not_constant_but_too_small():
     assert [finding.kind for finding in monitor.findings] == ["small_batches"]
 
 
+def test_a_layer_behind_normalized_single_values_is_not_blamed():
+    """Its input is beta of the layer before: larger batches cure both."""
+    first = [layers.BatchNormalization(momentum=0.9)]
+    model = network(layers.BatchNormalization(momentum=0.9), first)
+    model.compile("adam", "mse", run_eagerly=True)
+    monitor = tfbn.StatisticsMonitor(20)
+    with pytest.warns(UserWarning, match="small_batches"):
+        model.fit(X, Y, 1, 1, verbose=0, callbacks=[monitor])
+    assert "constant_channels" not in {finding.kind for finding in monitor.findings}
+
+
 def test_a_batch_that_poisons_keras_layers():
     x = X.copy()
     x[5, 2] = np.nan

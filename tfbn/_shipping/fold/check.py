@@ -8,7 +8,14 @@ from tfbn._models import compare
 
 
 class FoldError(ValueError):
-    """Raised by `tfbn.fold` and `tfbn.fuse` when the new model gives other outputs than the model."""
+    """Raised by `tfbn.fold` and `tfbn.fuse` when the new model gives other outputs than the model.
+
+    Example:
+        >>> try:
+        ...     folded = tfbn.fold(model, images, tolerance=1e-5)
+        ... except tfbn.FoldError as error:
+        ...     print(error)
+    """
 
 
 def difference_of(

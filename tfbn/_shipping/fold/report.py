@@ -30,6 +30,11 @@ class FoldedCall:
         outcome: What became of the call.
         into: The names of the layers that absorbed it, or None.
         reason: Why it could not be folded, or None.
+
+    Example:
+        >>> call = tfbn.fold(model).report.rows[0]
+        >>> str(call.outcome)
+        'folded into the preceding layer'
     """
 
     layer: str
@@ -59,6 +64,12 @@ class FoldReport(Report):
         tolerance: The largest difference that was allowed.
         shared: The names of layers that cannot be created from their config. The folded model uses the
             layers of the original model, with the same weights.
+
+    Example:
+        >>> report = tfbn.fold(model).report
+        >>> print(report)
+        >>> report.left  # what could not be folded
+        ()
     """
 
     _title: ClassVar[str] = "Folded batch normalization"

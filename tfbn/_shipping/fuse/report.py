@@ -23,6 +23,12 @@ class FuseReport(FoldReport):
 
     `tfbn.fuse` stores one in the attribute `report` of the model that it returns. `print(report)` shows a table,
     and so does a notebook. The attributes are those of `tfbn.FoldReport`, with one row for each layer.
+
+    Example:
+        >>> report = tfbn.fuse(model).report
+        >>> print(report)
+        >>> report.left  # what could not be fused
+        ()
     """
 
     _title: ClassVar[str] = "Fused batch normalization"

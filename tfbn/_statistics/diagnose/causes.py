@@ -308,8 +308,8 @@ CAUSES = (
     Cause(
         kind="small_batches",
         sign=of_statistics.small_batches,
-        explanation="The moving variances are those within batches of about {size:.2g} examples: they miss "
-        "much of the spread between examples.",
+        explanation="The moving variances fit a batch size of about {size:.2g}: they miss much of the spread "
+        "between examples.",
         severity="warning",
         recalibrate=True,
         advice="larger batches for training, or keras.layers.GroupNormalization()",

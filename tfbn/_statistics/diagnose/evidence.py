@@ -59,6 +59,11 @@ class LayerEvidence:
             fraction of the distance that this size explains. Infinity if no size does.
         calls_apart: The largest distance between the means of two calls, in units of the larger standard
             deviation.
+
+    Example:
+        >>> layers = tfbn.diagnose(model, images).layers
+        >>> furthest = max(layers, key=lambda layer: layer.mean_shift)
+        >>> print(furthest.layer, furthest.mean_shift)
     """
 
     layer: str

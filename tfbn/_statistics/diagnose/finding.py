@@ -21,6 +21,12 @@ class Finding:
             seen.
         advice: What to change in the code, the data or the next training.
         experiment: If other causes look the same: what tells them apart.
+
+    Example:
+        >>> finding = tfbn.diagnose(model, (images, labels)).findings[0]
+        >>> finding.kind
+        'lagging_statistics'
+        >>> print(finding.explanation, finding.advice)
     """
 
     severity: str

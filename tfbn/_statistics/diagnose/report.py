@@ -71,6 +71,12 @@ class Diagnosis(Report):
         batches: The number of batches in a pass.
         examples: The number of examples in a pass.
         channels: For pictures: the moving and the true statistics of each channel, by layer.
+
+    Example:
+        >>> diagnosis = tfbn.diagnose(model, (images, labels))
+        >>> if diagnosis:
+        ...     print(diagnosis)
+        >>> diagnosis.to_html("diagnosis.html")
     """
 
     findings: tuple[Finding, ...]

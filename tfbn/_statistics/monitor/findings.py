@@ -99,10 +99,14 @@ class Findings:
             )
         self._standing_still(layers.learns & ~moved_layers & long_enough)
         constant, all_flat = (layers.sums(times >= 2).astype(int) for times in self._flat)
-        self._constant_channels(constant)
         # By chance, some channels have nearly the same value twice.
         mostly_alone = 2 * constant < layers.sizes
-        self._single_values((all_flat == layers.sizes) & mostly_alone & layers.learns)
+        alone = (all_flat == layers.sizes) & mostly_alone & layers.learns
+        self._single_values(alone)
+        if (
+            not alone.any()
+        ):  # A single value is normalized to beta: the layers behind are fed a constant.
+            self._constant_channels(constant)
         if planned is not None:
             since = BatchEstimate.between(layers, self._start, now, updates)
             self._lag(since, updates, planned, moved_layers & layers.learns, last)

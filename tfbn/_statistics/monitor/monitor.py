@@ -45,6 +45,19 @@ class StatisticsMonitor(keras.callbacks.Callback):
     ``bn_variance_ratio`` of the layer that is furthest off. If `keras.callbacks.CSVLogger` should write them,
     put this callback before it.
 
+    A record of a layer has the attributes
+
+    - ``layer``, its path, and ``state``: "learns", "frozen", or "refused" if the step did not update the statistics;
+    - ``mean_shift``, the distance between the batch's mean and the moving mean, in standard deviations of the
+      batch, and ``variance_ratio``, the moving variance divided by the batch's;
+    - ``gamma_mean``, ``gamma_spread``, ``beta_mean`` and ``beta_spread``: means and standard deviations over channels;
+    - ``dead_channels``: how many channels have had a constant input since the last record, or have a gamma of 0;
+    - ``saturated_channels``: in how many channels practically all outputs have the same sign, because beta is
+      large beside gamma. A ReLU after them is always off, or always on;
+    - ``refused_updates``: how many of the recorded steps did not change the statistics;
+    - ``initial_weight``, the weight that the statistics from before the training still have, and
+      ``steps_to_catch_up``, the number of steps until it is 1 %.
+
     Limits: It knows neither how often a step calls a layer nor which updates were skipped between two recorded
     steps. For a layer that one step calls several times, distances are those of the sum of its calls. With
     ``steps_per_execution`` or accumulation, a record is about all batches in between, weighted. With
@@ -61,10 +74,7 @@ class StatisticsMonitor(keras.callbacks.Callback):
 
     Attributes:
         findings: The findings so far, as `tfbn.Finding` objects.
-        layers: The latest record of each layer, as a tuple of objects with the attributes ``layer``, ``state``,
-            ``mean_shift``, ``variance_ratio``, ``gamma_mean``, ``gamma_spread``, ``beta_mean``, ``beta_spread``,
-            ``dead_channels``, ``saturated_channels``, ``refused_updates``, ``initial_weight`` and
-            ``steps_to_catch_up``.
+        layers: The latest record of each layer, as a tuple of objects with the attributes listed above.
 
     Raises:
         ValueError: If an argument is out of range.
