@@ -39,7 +39,9 @@ def test_no_network_is_missing():
         assert sorted(RESULTS) == applications.names()
 
 
-@pytest.mark.parametrize("name", ["MobileNetV2", "ResNet50V2"])
+@pytest.mark.parametrize(
+    "name", ["MobileNetV2", pytest.param("ResNet50V2", marks=pytest.mark.slow)]
+)
 def test_a_network_comes_out_as_it_did(name):
     keras.utils.clear_session()  # Keras numbers layers without a name through the whole process.
     result = applications.measured(name, size=72)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,29 @@ def test_two_workers_end_with_equal_digests_and_read_digits(tmp_path):
     assert float(accuracy) >= 0.95
 
 
-def test_a_worker_that_fails_ends_the_others():
-    done = command("--workers", "2", "--epochs", "0")
-    assert done.returncode != 0
-    assert "`epochs` must be an integer of at least 1. Received: epochs=0" in done.stderr
+def test_a_worker_that_fails_ends_the_others(tmp_path, monkeypatch):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    begun = time.monotonic()
+    assert clusters.start_workers(2) == 1
+    assert time.monotonic() - begun < 60
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+# The first worker would wait for a minute; the other one fails as soon as it does.
+WORKER = """
+import json, os, pathlib, sys, time
+
+pid = pathlib.Path(__file__).with_name("pid")
+if json.loads(os.environ["TF_CONFIG"])["task"]["index"]:
+    while not pid.exists() or not pid.read_text():
+        time.sleep(0.01)
+    sys.exit(3)
+pid.write_text(str(os.getpid()))
+time.sleep(60)
+"""
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ from folding import folded, image
 from graphs import randomize
 from tfbn._shipping.fold.check import FoldError
 
+HARNESS = Path(__file__).parents[2] / "harness"
 layers = keras.layers
 Norm = keras.layers.BatchNormalization
 
@@ -43,7 +45,8 @@ def test_a_saved_folded_model_loads_without_tfbn(tmp_path):
             f"""
 import sys
 sys.modules["tfbn"] = None
-import keras, numpy as np
+sys.path.insert(0, {str(HARNESS)!r})
+import quick_start, keras, numpy as np
 model = keras.models.load_model(r"{tmp_path}/folded.keras")
 np.save(r"{tmp_path}/y.npy", model(np.load(r"{tmp_path}/x.npy")))
 """,

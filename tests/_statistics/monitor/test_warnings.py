@@ -27,10 +27,10 @@ def warned(model, epochs=10, x=X, monitor=None, loop="fit") -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if loop == "fit":
-            model.compile("adam", "mse", run_eagerly=True)  # Sooner than to trace.
+            model.compile(keras.optimizers.SGD(1e-3), "mse", jit_compile=False)
             model.fit(x, Y, 16, epochs, verbose=0, callbacks=[monitor])
         else:
-            trainer = tfbn.TrainingLoop(model, "adam", "mse")
+            trainer = tfbn.TrainingLoop(model, keras.optimizers.SGD(1e-3), "mse")
             trainer.fit((x, Y), batch_size=16, epochs=epochs, verbose=0, callbacks=[monitor])
     texts = [" ".join(str(warning.message).split()) for warning in caught]
     texts = [text for text in texts if text.startswith(("error: ", "warning: "))]
@@ -246,7 +246,7 @@ def test_a_layer_that_is_unfrozen_later_is_watched_from_then_on():
                 tfbn.unfreeze(self.model)
 
     monitor = tfbn.StatisticsMonitor(5)
-    trainer = tfbn.TrainingLoop(model, "adam", "mse")
+    trainer = tfbn.TrainingLoop(model, keras.optimizers.SGD(1e-3), "mse")
     trainer.fit((X, Y), batch_size=16, epochs=10, verbose=0, callbacks=[Unfreeze(), monitor])
     assert monitor.findings == []
     assert monitor.layers[0].state == "learns"
