@@ -53,18 +53,20 @@ CPUS = [name for name in _devices() if name.startswith("CPU")]
 # The files that take longest. They go first, or in the end one process would wait for the other.
 LONG = [
     "_statistics/diagnose/test_findings",
-    "_training/test_replicas",
     "_layer/test_replicas",
+    "_training/test_replicas",
     "examples/test_train_digits",
-    "examples/test_lectures_gallery_laws",
     "benchmarks/test_benchmarks",
+    "examples/test_lectures_gallery_laws",
     "_statistics/test_recalibrate",
     "_layer/test_parity",
-    "_layer/test_replicas_models",
     "examples/test_lectures_gallery",
-    "examples/test_train_workers",
-    "_training/test_workers",
+    "_layer/test_replicas_models",
     "_training/test_resume",
+    "examples/test_train_workers",
+    "_statistics/monitor/test_warnings",
+    "_shipping/fuse/test_fuse",
+    "_training/test_workers",
     "_statistics/test_recalibrate_workers",
 ]
 # To count lines makes tests take a third longer. What these files reach of tfbn, others reach too;
