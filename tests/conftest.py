@@ -60,6 +60,8 @@ LONG = [
     "examples/test_lectures_gallery_laws",
     "_statistics/test_recalibrate",
     "_layer/test_parity",
+    "_layer/test_gradients",
+    "_layer/test_robustness",
     "examples/test_lectures_gallery",
     "_layer/test_replicas_models",
     "_training/test_resume",
