@@ -113,7 +113,10 @@ def build_alike(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
         # `Model.build` runs the model outside of its own name scope.
         for name in scopes if type(old).build is keras.Model.build else scopes[:-1]:
             stack.enter_context(keras.name_scope(name))
-        new.build_from_config(old.get_build_config())
+        config = old.get_build_config()
+        new.build_from_config(config)
+        if config:  # As when Keras loads a file: for a model without a `build`, Keras forgets it.
+            new.built = True
 
 
 def own_weights(layer: keras.layers.Layer) -> list[keras.Variable]:

@@ -87,6 +87,32 @@ def test_custom_layers_and_models_survive_fusing_saving_and_unfusing(name, tmp_p
         np.testing.assert_array_equal(new, old)
 
 
+@keras.saving.register_keras_serializable("test_fuse")
+class Called(keras.Model):
+    """Built by its first call: it has no `build`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense, self.norm = layers.Dense(4), Stock()
+
+    def call(self, x, training=None):
+        return self.norm(self.dense(x), training=training)
+
+
+def test_a_subclassed_model_that_was_called_is_built_and_so_are_its_copies():
+    model = Called()
+    with pytest.raises(ValueError, match=r"not built.* Call it on an example"):
+        tfbn.fuse(model)
+    model(tf.ones((2, 3)))
+    randomize(model)
+    converted = tfbn.convert(model)
+    assert converted.built
+    for m in (model, converted):
+        fused = tfbn.fuse(m)
+        assert len(fused_parts(fused)) == 2
+        assert tfbn.fold(tfbn.unfuse(fused)).report.difference < 1e-5
+
+
 @pytest.mark.parametrize("norm", [Stock, tfbn.BatchNormalization])
 def test_fuse_train_save_load_unfuse_fold_export(norm, tmp_path):
     model = network(norm)
