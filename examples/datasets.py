@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -96,14 +97,15 @@ def load(name: str, data_dir: Path | None = None) -> Data:
         )
     data_dir = default_data_dir() if data_dir is None else data_dir
     data_dir.mkdir(parents=True, exist_ok=True)
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
     # If two processes prepare the same data, the second one waits and then finds it prepared.
     with _locked(data_dir / f"{name}.lock"):
         builder = tfds.builder(name, data_dir=data_dir)
         if builder.url_infos and not builder.is_prepared():
             _check_sources(builder.name, list(builder.url_infos))
-        (train, test), info = tfds.load(
-            name, split=["train", "test"], as_supervised=True, with_info=True, data_dir=data_dir
-        )
+        builder.download_and_prepare()  # `tfds.load` would warn that it is not prepared yet.
+        train, test = builder.as_dataset(split=["train", "test"], as_supervised=True)
 
     def scaled(image: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return tf.cast(image, tf.float32) / BRIGHTEST.get(name, 255), label
@@ -111,8 +113,8 @@ def load(name: str, data_dir: Path | None = None) -> Data:
     return Data(
         train.map(scaled),
         test.map(scaled),
-        info.features["image"].shape,
-        info.features["label"].num_classes,
+        builder.info.features["image"].shape,
+        builder.info.features["label"].num_classes,
     )
 
 

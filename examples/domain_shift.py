@@ -15,7 +15,6 @@ ink and paper, which change the sign of every edge.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,6 +87,8 @@ DOMAINS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command. An error that the user can fix prints a message without a traceback."""
+    from examples.quiet import quiet
+
     parser = argparse.ArgumentParser(prog="domain_shift", description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=10, help="default: 10")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
@@ -110,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="the picture (default: saved_models/domain_shift.png)",
     )
     options = parser.parse_args(arguments)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    quiet()
     try:
         outcomes, images, few = run(options.epochs, options.seed, options.few, options.draws)
         options.output.parent.mkdir(parents=True, exist_ok=True)

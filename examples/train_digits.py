@@ -24,8 +24,10 @@ QUICK_EXAMPLES = 256
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command. An error that the user can fix prints a message without a traceback."""
+    from examples.quiet import quiet
+
     options = parse(arguments)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    quiet()
     # The serving process needs a part of the GPU's memory, too.
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     try:

@@ -22,9 +22,10 @@ ROOT = Path(__file__).parents[1]
 def main() -> int:
     """Starts the workers, or runs one."""
     from examples import clusters
+    from examples.quiet import quiet
 
     options = parse()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    quiet()
     if options.slurm:
         os.environ.update(clusters.slurm_settings(os.environ))
     if "TF_CONFIG" in os.environ:

@@ -2,6 +2,7 @@
 
 from tfbn._support import backend
 
+backend.quiet_command()
 backend.require_tensorflow()  # before the imports below have a chance to break
 
 from tfbn._layer.batch_normalization import BatchNormalization

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -29,8 +28,10 @@ EXPERIMENTS = [
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command. An error that the user can fix is shown without a traceback."""
+    from examples.quiet import quiet
+
     options = parse(arguments)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    quiet()
     try:
         run(options)
     except (ImportError, ConnectionError) as error:

@@ -163,6 +163,16 @@ def test_a_model_that_keras_cannot_compile_is_used_uncompiled_with_a_warning(
     assert "own_loss" in err
 
 
+def test_an_optimizer_that_has_not_trained_is_nothing_to_warn_of(path, tmp_path, capsys):
+    model = keras.models.load_model(path)
+    model.compile("adam", "mse")
+    model.save(path)
+    with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
+        keras.models.load_model(path)  # Keras warns.
+    status, _, err = run(capsys, "convert", path, tmp_path / "out.keras")
+    assert (status, err) == (0, "")
+
+
 # Writing
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import quiet
 import tfbn
 from command_line import run, small_model
 from tfbn._command_line import commands
@@ -58,6 +59,7 @@ def test_the_package_runs_as_a_module(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "tfbn", "inspect", str(tmp_path / "model.keras"), "--json"],
         cwd=Path(__file__).parents[2],
+        env=quiet.environment(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -65,6 +67,7 @@ def test_the_package_runs_as_a_module(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["layers"]) == 2
+    assert quiet.noise(done.stderr) == []
 
 
 @pytest.mark.parametrize(

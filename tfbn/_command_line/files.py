@@ -36,7 +36,12 @@ def load_model(path: Path, *, compiled: bool = False, safe_mode: bool = True) ->
     _require_keras_file(path)
     if compiled:
         try:
-            return keras.models.load_model(path, safe_mode=safe_mode)
+            with warnings.catch_warnings():
+                # The state of an optimizer that has done nothing: its count of steps, and its learning rate.
+                warnings.filterwarnings(
+                    "ignore", ".* the saved optimizer has 2 variables", UserWarning
+                )
+                return keras.models.load_model(path, safe_mode=safe_mode)
         except Exception as error:  # Losses and optimizers of users can raise anything.
             reason = first_line(error)
     try:

@@ -8,6 +8,22 @@ from pathlib import Path
 # The oldest that are tested. Before 3.14, Keras's layer has no renorm, and Keras adds up activity regularization
 # over the batch: two replicas, with half a batch each, train with half of what one device does.
 OLDEST = {"Keras": (3, 14), "TensorFlow": (2, 18)}
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
+
+
+def quiet_command() -> None:
+    """In a process of the command line, keeps TensorFlow's log free of lines that nobody can do anything about.
+
+    TensorFlow reads the level when it is imported, which ``python -m tfbn`` does before any module of the command
+    line runs. In any other process, the level is not ours to set. Where there is no GPU, TensorFlow logs that as an
+    error; where there is one, its errors stay.
+    """
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":  # Python has yet to replace it by the path of the module.
+        program = sys.orig_argv[-len(sys.argv)]
+    if Path(program).name in ("tfbn", "tfbn.exe"):
+        has_gpu = any(Path(driver).exists() for driver in GPU_DRIVERS)
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if has_gpu else "3")
 
 
 def require_tensorflow() -> None:
