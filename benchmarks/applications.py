@@ -1,6 +1,6 @@
-r"""Converts and folds every network of `keras.applications`, and records the results.
+r"""Converts, folds and fuses every network of `keras.applications`, and records the results.
 
-    python -m benchmarks.applications                        # all of them: about 10 minutes
+    python -m benchmarks.applications                        # all of them: about 15 minutes
     python -m benchmarks.applications DenseNet121 Xception   # only these; the others keep their results
 
 Uses random weights and small random images, so nothing is downloaded. Each network runs in its own process,
@@ -91,7 +91,7 @@ def built(name: str, size: int, **arguments: Any) -> Any:
 
 
 def measured(name: str, size: int = SIZE) -> dict[str, Any]:
-    """Converts and folds a network, and measures the differences."""
+    """Converts, folds and fuses a network, and measures the differences."""
     import keras
     import numpy as np
 
@@ -110,12 +110,12 @@ def measured(name: str, size: int = SIZE) -> dict[str, Any]:
         identical = identical and np.array_equal(old.numpy(), new.numpy())
     identical = identical and np.array_equal(_outputs(back, images), expected)
     del back
-    folded = tfbn.fold(
-        stock, images, tolerance=1.0
-    )  # The page lists the networks above the tolerance.
+    behind = directly_behind(stock)
+    fused = _fused(stock, behind, images, expected)
+    # The page lists the networks above the tolerance.
+    folded = tfbn.fold(stock, images, tolerance=1.0)
     after = _outputs(folded, images)
     outcomes = Counter(str(row.outcome) for row in folded.report.rows)
-    behind = directly_behind(stock)
     return {
         "network": name,
         "layers": sum(isinstance(x, keras.layers.BatchNormalization) for x in stock.layers),
@@ -129,12 +129,37 @@ def measured(name: str, size: int = SIZE) -> dict[str, Any]:
         "unchanged": outcomes["unchanged"],
         "left": [{"layer": row.layer, "reason": row.reason} for row in folded.report.left],
         "difference": _difference(after, expected),
+        **fused,
         **(_in_float64(name, stock, images, after) if folded.report.rows else {}),
     }
 
 
+def _fused(stock: Any, behind: set[str], images: Any, expected: Any) -> dict[str, Any]:
+    """Fuses and unfuses a network; nothing if it has no batch normalization."""
+    import numpy as np
+
+    import tfbn
+
+    if not behind:
+        return {}
+    model = tfbn.fuse(stock, images, tolerance=1.0)
+    outputs = _outputs(model, images)
+    unfused = tfbn.unfuse(model)
+    back = _paths(unfused) == _paths(stock) and all(
+        np.array_equal(old.numpy(), new.numpy())
+        for old, new in zip(stock.weights, unfused.weights, strict=True)
+    )
+    fused = {row.layer for row in model.report.rows} - {row.layer for row in model.report.left}
+    return {
+        "fused": len(fused),
+        "fused_as_expected": fused == behind,
+        "fused_difference": _difference(outputs, expected),
+        "unfused": back and np.array_equal(_outputs(unfused, images), expected),
+    }
+
+
 def _in_float64(name: str, stock: Any, images: Any, folded_outputs: Any) -> dict[str, float]:
-    """Measures the change by folding in float64, where hardly anything is rounded, and the error of float32."""
+    """Measures what folding and fusing change in float64, where little is rounded, and the error of float32."""
     import keras
 
     import tfbn
@@ -146,8 +171,10 @@ def _in_float64(name: str, stock: Any, images: Any, folded_outputs: Any) -> dict
         exact.set_weights(stock.get_weights())
         truth = _outputs(exact, images)
         folded = tfbn.fold(exact, images, tolerance=1.0)
+        fused = tfbn.fuse(exact, images, tolerance=1.0)
         return {
             "difference_in_float64": _difference(_outputs(folded, images), truth),
+            "fused_difference_in_float64": _difference(_outputs(fused, images), truth),
             "rounding": _difference(_outputs(stock, images), truth),
             "rounding_folded": _difference(folded_outputs, truth),
         }
@@ -223,7 +250,7 @@ def page(run: dict[str, Any]) -> str:
     none = [result for result in run["results"] if not result["layers"]]
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     head = ["network", "layers", "bit-equal", "folded", "left", "converted", "difference"]
-    head += ["in float64", "rounding", "rounding, folded"]
+    head += ["in float64", "rounding", "rounding, folded", "fused", "difference, fused"]
     numbers = ["converted_difference", "difference"]
     numbers += ["difference_in_float64", "rounding", "rounding_folded"]
     rows = [
@@ -234,6 +261,8 @@ def page(run: dict[str, Any]) -> str:
             str(result["folded"]),
             str(result["multiply_add"] + result["unchanged"]),
             *(f"{result[key]:.0e}" for key in numbers),
+            str(result.get("fused", "")),
+            f"{result['fused_difference']:.0e}" if "fused" in result else "not run",
         ]
         for result in found
     ]
@@ -246,8 +275,12 @@ def page(run: dict[str, Any]) -> str:
     exact = max(r["difference_in_float64"] for r in found)
     worse = max(r["rounding_folded"] / r["rounding"] for r in found)
     nearer = sum(r["rounding_folded"] <= r["rounding"] for r in found)
+    fused = [r for r in found if "fused" in r]
+    fused_exact = max(r["fused_difference_in_float64"] for r in fused)
+    exactly = "exactly" if all(r["fused_as_expected"] for r in fused) else "NOT exactly"
+    unfused = "bit for bit" if all(r["unfused"] for r in fused) else "but NOT everywhere"
     same = all(r["identical"] and not r["difference"] for r in none)
-    return f"""# The networks of keras.applications, converted and folded
+    return f"""# The networks of keras.applications, converted, folded and fused
 
 Generated by `python -m benchmarks.applications`; do not edit. {versions}; on a CPU, in
 float32, with random weights, the statistics of random images of {SIZE}×{SIZE}, and logits as outputs.
@@ -263,6 +296,10 @@ That is rounding, which depth magnifies, not the algebra: where the same network
 no output by more than {exact:.0e}. The folded networks are off by at most {worse:.1f} times as much as the networks,
 and by no more in {nearer} of {len(found)}.
 
+For fine-tuning, `tfbn.fuse` fused {sum(r["fused"] for r in fused)} layers of {len(fused)} networks, {exactly} those
+directly behind a convolution. `tfbn.unfuse` gave the same names, weights and outputs back, {unfused}. Where the
+networks compute in float64, fusing changes no output by more than {fused_exact:.0e}.
+
 {table(head, rows)}
 
 - layers: of batch normalization.
@@ -273,6 +310,8 @@ and by no more in {nearer} of {len(found)}.
   same, where both compute in float64.
 - rounding: the largest difference between outputs in float32 and in float64, of the largest output, of the network
   and of the folded one.
+- fused: with the convolution before it, by `tfbn.fuse`; the other layers keep their frozen statistics. The difference
+  is the largest between outputs of the network and of the fused one, of the largest output.
 
 ## What is left, and why
 

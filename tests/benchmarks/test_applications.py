@@ -1,4 +1,4 @@
-"""The networks of keras.applications are converted and folded as docs/applications.md has it."""
+"""The networks of keras.applications are converted, folded and fused as docs/applications.md has it."""
 
 import json
 
@@ -33,6 +33,16 @@ def test_what_folding_changes_is_rounding(name):
     assert result["rounding_folded"] <= 2 * result["rounding"]
 
 
+@pytest.mark.parametrize("name", [name for name in RESULTS if "fused" in RESULTS[name]])
+def test_each_layer_directly_behind_a_linear_one_is_fused_and_comes_back(name):
+    result = RESULTS[name]
+    assert result["fused_as_expected"]
+    assert result["unfused"]
+    assert result["fused"] == result["directly_behind"]
+    assert result["fused_difference_in_float64"] <= 1e-6 * result["fused_difference"]
+    assert result["fused_difference"] <= max(applications.BAR, 2 * result["rounding"])
+
+
 def test_no_network_is_missing():
     assert RUN["not_run"] == []
     if keras.__version__ == RUN["versions"]["Keras"]:  # Another one may have others.
@@ -46,8 +56,10 @@ def test_a_network_comes_out_as_it_did(name):
     keras.utils.clear_session()  # Keras numbers layers without a name through the whole process.
     result = applications.measured(name, size=72)
     keys = ["layers", "directly_behind", "directly_behind_left", "identical", "folded", "left"]
+    keys += ["fused", "fused_as_expected", "unfused"]
     assert {key: result[key] for key in keys} == {key: RESULTS[name][key] for key in keys}
     assert result["difference"] <= applications.BAR
+    assert result["fused_difference"] <= applications.BAR
     assert result["converted_difference"] <= applications.BAR
     assert result["difference_in_float64"] <= 1e-6 * result["difference"]
     assert keras.config.floatx() == keras.config.dtype_policy().name == "float32"
