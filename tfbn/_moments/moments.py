@@ -91,7 +91,7 @@ def count(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> t
 
 
 def moments(
-    x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None
+    x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None, *, any_shift: bool = False
 ) -> tuple[tf.Tensor, Moments]:
     r"""Two-pass moments of ``x`` per channel, relative to a shift.
 
@@ -103,6 +103,8 @@ def moments(
         axes: The channel axes, ascending and non-negative.
         mask: ``None``, or a boolean tensor of the rank of ``x`` that broadcasts to it: the values
             that count.
+        any_shift: Whether the shift may be the first value of a channel. If that is an outlier, of :math:`n`
+            values, it is up to :math:`\sqrt n` standard deviations away, which costs as many digits.
 
     Returns:
         The shift ``c`` and the moments, whose mean is relative to ``c``; each has the shape of the
@@ -117,7 +119,7 @@ def moments(
         return tf.math.divide_no_nan(sum_over(values, reduced), n)
 
     if mask is None:
-        shift = median_of_three(x, axes)
+        shift = first_value(x, axes) if any_shift else median_of_three(x, axes)
     else:
         shift = average(zero_where_masked(x, mask))
     # A constant: another shift changes the offset by as much, so it has no gradient.
@@ -184,6 +186,13 @@ def merge_all(shifts: tf.Tensor, parts: Moments) -> tuple[tf.Tensor, Moments]:
     )
     variance = tf.reduce_sum(weights * spread, 0)
     return shift, Moments(tf.reduce_sum(parts.count, 0), mean, variance)
+
+
+def first_value(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    """The first value of each channel; 0 without values."""
+    reduced = reduced_axes(x.shape.rank, axes)
+    first = x[tuple(slice(1 if axis in reduced else None) for axis in range(x.shape.rank))]
+    return tf.reduce_sum(first, reduced)
 
 
 def median_of_three(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:

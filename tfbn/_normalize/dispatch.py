@@ -10,10 +10,11 @@ channel axes that cannot be broadcast        transposed, then again           tr
 under XLA                                    formula ¹; synchronized: formula formula ¹
 a mask, float64, channels of unknown number  formula                          formula ¹
 the output of a Conv2D, channels last, CPU   as the rows below                fused, as it is ²
-a small tensor in a graph on a CPU           formula                          formula ¹
+a small tensor on a CPU                      formula; eagerly as the rows     formula ¹
+                                             below
 channels last, synchronized                  fused or cuDNN, twice            fused or cuDNN
 channels last                                fused; cuDNN on a GPU            fused; cuDNN on a GPU
-channels elsewhere, on a CPU                 transposed, then again           formula ¹; half precision:
+channels elsewhere, on a CPU                 transposed, then again           formula ³; half precision:
                                                                               transposed, then again
 channels in a row elsewhere, on a GPU, not   cuDNN, as NCHW                   formula ¹
 synchronized, at most 880,801 examples
@@ -26,13 +27,20 @@ channels elsewhere, on a GPU                 formula                          fo
 latter two) in one operation, which it does not do across a view. MobileNetV2 inferred in 40 ms instead of 48
 (Keras 49), in bfloat16 in 51 instead of 65 (Keras 71).
 
+³ `Formula.inference`, two passes as in Keras: 1.9 ms on 32×64×56×56 values, where the formula ¹ makes three in 2.5.
+
 Why, measured on a CPU. A call of the fused kernel costs 0.1 ms before it does anything: on 64×32 values,
 forward and backward, a layer took 0.47 ms with it, 0.23 with the formula and in Keras. The two are equally fast
 somewhere between 65,536 values (`SMALL`) and 100,000. With channels on axis 1, a training step on 32×64×56×56
-values took 12 ms through two transpositions and 20 by the formula (Keras 25); inference, where the formula is
-three passes, 6.0 and 3.5. XLA compiles the fused kernel badly, two to seven times slower than Keras's formula.
-It differentiates the formula itself: from a gradient written by hand it computed the same products several
-times. XLA also reduces twice as fast in a view with few axes.
+values took 12 ms through two transpositions and 20 by the formula (Keras 25). Eager inference of 8×8×8×16 values
+took 0.77 ms by the kernel and 0.41 by the formula (Keras 0.40).
+
+XLA compiles the fused kernel badly, two to seven times slower than Keras's formula. It differentiates the
+formula itself: from a gradient written by hand it computed the same products several times. It also reduces
+twice as fast in a view with few axes. What the formula's accuracy at large means costs there: the median that
+the shift is takes 10 % of a training step on 32×64×56×56 values with channels on axis 1; x·s + t would be one
+multiply-add in inference, where (x − μ)·s + β is a subtraction more. That shows where XLA joins several layers
+in one loop (8 layers on 8×8×28×28×32 values: 0.8 times Keras's speed).
 
 The kernel's time depends on the view. (positions, 1, 1, channels) took up to half of the time of (N, H, W, C)
 and of (1, positions, 1, channels); but each position has a price of its own there, which short rows share:
@@ -111,9 +119,9 @@ def _training(x: tf.Tensor, over: Normalization) -> tuple[View, Train]:
         return reshape.merged(x, over), run
     if not _kernels_take(x, over):
         return reshape.unchanged(over), trained_by(Formula)
-    if _is_small(x):
-        return reshape.merged(x, over), trained_by(Formula)
     on_gpu = _on_gpu()
+    if not (on_gpu or tf.executing_eagerly()) and _has_few_values(x):
+        return reshape.merged(x, over), trained_by(Formula)
     if _channels_last(x, over):
         kernel = CuDNN if on_gpu else Fused
         if over.synchronized:
@@ -138,14 +146,15 @@ def _inference(x: tf.Tensor, over: Normalization) -> tuple[View, Infer]:
     on_gpu = _on_gpu()
     if _channels_last(x, over) and _is_convolution(x, over) and not on_gpu:
         return unchanged, inferred_by(Fused)
-    if _is_small(x):
+    if not on_gpu and _has_few_values(x):
         return unchanged, formula.infer
     if _channels_last(x, over):
         return _kernel_view(x, over, on_gpu), inferred_by(CuDNN if on_gpu else Fused)
-    if x.dtype != tf.float32 and not on_gpu:
-        # In float32 a formula of three passes beats two transpositions; half precision it would copy.
+    if on_gpu:
+        return unchanged, formula.infer
+    if x.dtype != tf.float32:  # The formula would copy it.
         return reshape.transposed(x, over), normalize
-    return unchanged, formula.infer
+    return unchanged, inferred_by(Formula)
 
 
 def _kernels_take(x: tf.Tensor, over: Normalization) -> bool:
@@ -155,10 +164,8 @@ def _kernels_take(x: tf.Tensor, over: Normalization) -> bool:
     return x.dtype in fused.DTYPES and over.mask is None and known
 
 
-def _is_small(x: tf.Tensor) -> bool:
-    """Whether the formula is faster. Eagerly and on a GPU each of its operations has its price."""
-    if tf.executing_eagerly() or _on_gpu():
-        return False
+def _has_few_values(x: tf.Tensor) -> bool:
+    """Whether the formula is faster on a CPU. To train eagerly it is not: each operation has its price there."""
     batch = _TYPICAL_BATCH if x.shape[0] is None else x.shape[0]
     size = tf.TensorShape([batch, *x.shape[1:]]).num_elements()
     return size is not None and size <= SMALL

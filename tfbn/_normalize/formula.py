@@ -66,6 +66,40 @@ class Formula:
         dx = along(gamma * s, x, axes) * (dy - through_statistics)
         return tf.cast(dx, x.dtype), s * sum_dy_centred, sum_dy
 
+    def inference(
+        self,
+        x: tf.Tensor,
+        mean: tf.Tensor,
+        variance: tf.Tensor,
+        gamma: tf.Tensor,
+        beta: tf.Tensor,
+    ) -> tf.Tensor:
+        r"""Normalizes x as :math:`(x - c) k`, with :math:`k = s \gamma` and :math:`c = \mu - \beta / k`.
+
+        That is one pass less than `infer` makes. It rounds as if the mean were rounded once more.
+        """
+        axes, epsilon, *_ = self._over
+        scale = gamma * tf.math.rsqrt(variance + epsilon)
+        # Where the scale is 0, or so small that beta / k would overflow, any as small gives beta, too.
+        least = 1e-20 * tf.abs(beta)
+        scale = tf.where(tf.abs(scale) < least, least, scale)
+        shift = mean - tf.math.divide_no_nan(beta, scale)
+        return (x - along(shift, x, axes)) * along(scale, x, axes)
+
+    def inference_backward(
+        self,
+        dy: tf.Tensor,
+        x: tf.Tensor,
+        mean: tf.Tensor,
+        variance: tf.Tensor,
+        gamma: tf.Tensor,
+    ) -> Gradients:
+        axes, epsilon, *_ = self._over
+        s = tf.math.rsqrt(variance + epsilon)
+        reduced = reduced_axes(x.shape.rank, axes)
+        dgamma = s * sum_over(dy * (x - along(mean, x, axes)), reduced)
+        return along(gamma * s, x, axes) * dy, dgamma, sum_over(dy, reduced)
+
 
 def train(
     x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, over: Normalization
@@ -78,7 +112,8 @@ def train(
     axes, epsilon, mask, _ = over
     # Cast once, so that the gradient is rounded to half precision once.
     values = tf.cast(x, gamma.dtype)
-    shift, relative = moments(values, axes, mask)
+    # XLA computes the shift again for each value. In half precision the cheaper one does.
+    shift, relative = moments(values, axes, mask, any_shift=x.dtype != values.dtype)
     scale = gamma * tf.math.rsqrt(relative.variance + epsilon)
     offset = beta - relative.mean * scale
     deviation = values - along(shift, x, axes)
