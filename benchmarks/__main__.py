@@ -2,7 +2,8 @@ r"""Measures batch normalization layers against each other.
 
 Examples:
     python -m benchmarks                                # everything: about 20 minutes
-    python -m benchmarks layers --quick                 # a first look
+    python -m benchmarks --quick                        # a first look: about 2 minutes
+    python -m benchmarks compare main HEAD              # two commits
     python -m benchmarks --minutes 9                    # a part; with --resume, the next part
     python -m benchmarks layers --shapes 256x1024 --modes graph xla --phases train \
         --contenders keras tfbn my.module:MyLayer
@@ -26,31 +27,41 @@ DEFAULT_OUTPUT = Path("build/benchmarks")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run(parse(arguments))
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["compare"]:
+        from benchmarks import compare
+
+        compare.main(given[1:])
+    else:
+        run(parse(given))
+
+
+def settings(options: argparse.Namespace) -> Settings:
+    """How to measure, as the command line says."""
+    return Settings(
+        turns=3 if options.quick else 7,
+        seconds=0.03 if options.quick else 0.1,
+        threads=options.threads or _cores(),
+        keep_memory=options.malloc == "keep",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Runs the benchmark, and writes JSON, Markdown and a picture to the directory ``options.output``."""
     deadline = time.monotonic() + 60 * options.minutes
-    threads = options.threads or _cores()
-    settings = Settings(
-        turns=3 if options.quick else 7,
-        seconds=0.03 if options.quick else 0.1,
-        threads=threads,
-        keep_memory=options.malloc == "keep",
-    )
+    how = settings(options)
     found: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "contenders": list(options.contenders),
-        "settings": {"turns": settings.turns, "seconds": settings.seconds},
+        "settings": {"turns": how.turns, "seconds": how.seconds},
         "results": [],
     }
-    with Race(options.contenders, settings) as race:
+    with Race(options.contenders, how) as race:
         if not race.device:
             sys.exit(f"error: nobody to measure: {race.left_out}")
         chosen = selection(options, on_gpu=race.device["device"] == "gpu")
-        with environment.variables(environment.of_workers(threads, settings.keep_memory)):
-            found["environment"] = environment.described(threads) | race.device
+        with environment.variables(environment.of_workers(how.threads, how.keep_memory)):
+            found["environment"] = environment.described(how.threads) | race.device
         found["left_out"] = race.left_out
         name = found["environment"]["device"]
         path = options.output / f"{name}.json"
@@ -95,7 +106,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--contenders",
         nargs="+",
-        default=contenders.DEFAULT,
         metavar="NAME",
         help=f"any of {' '.join(contenders.DEFAULT)}, or module:Class of a Keras layer",
     )
@@ -118,7 +128,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="keep",
         help="whether the C library keeps freed memory, for every contender (default: keep)",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer turns, for a first look")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer turns, and by default fewer cases and contenders",
+    )
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="start no case after this many minutes"
     )
@@ -129,6 +143,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR")
     options = parser.parse_args(arguments)
+    if options.quick:
+        for name, value in cases.QUICK.items():
+            setattr(options, name, getattr(options, name) or value)
+    options.contenders = options.contenders or (
+        contenders.QUICK if options.quick else contenders.DEFAULT
+    )
     for shape in options.shapes or ():
         try:
             cases.parse_shape(shape)

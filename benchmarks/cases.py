@@ -76,6 +76,12 @@ GPU_SHAPES = (
 )
 MODELS = ("ResNet20", "MobileNetV2", "ResNet50")
 CPU_BATCHES = {"ResNet20": 128, "MobileNetV2": 32, "ResNet50": 16}
+QUICK = {
+    "shapes": ("32x56x56x64", "256x1024", "32x64x56x56@1"),
+    "models": ("ResNet20",),
+    "precisions": ("float32",),
+}
+"""What --quick measures where the command line does not say."""
 GPU_BATCHES = {"ResNet20": 1024, "MobileNetV2": 256, "ResNet50": 256}
 # The width and height of the images.
 SIZES = {

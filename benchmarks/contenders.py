@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import DEPTH, Case, ModelCase
@@ -15,6 +16,8 @@ LAYER_CLASSES = {
 }
 FLOORS = ("floor", "floor_cached")
 DEFAULT = ("keras", "tf_keras", "torch", "tfbn", "identity", *FLOORS)
+QUICK = ("keras", "tf_keras", "tfbn")
+_COMMITS = Path("build/benchmarks/commits")
 
 
 @dataclass(frozen=True)
@@ -93,13 +96,20 @@ def load(name: str) -> Contender:
             importlib.import_module("torch")
         if name in ("torch", *FLOORS):
             return Contender(name)
-        module, _, attribute = LAYER_CLASSES.get(name, name).partition(":")
+        kind, _, _ = name.partition("@")
+        module, _, attribute = LAYER_CLASSES.get(kind, kind).partition(":")
         if not attribute:
             raise LeftOut(f"is none of {', '.join(DEFAULT)}, and no module:Class")
         layer_class = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise LeftOut(str(error)) from error
     return Contender(name, layer_class, _library(layer_class))
+
+
+def root(name: str) -> Path:
+    """The directory from which the process of a contender `NAME@COMMIT` imports; of others the present one."""
+    commit = name.partition("@")[2]
+    return _COMMITS.resolve() / commit if commit else Path.cwd()
 
 
 def _library(layer_class: type) -> Any:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,6 +21,7 @@ def serve(connection: Connection, name: str, threads: int, messages: str) -> Non
         os.dup2(file.fileno(), 2)
     from benchmarks import contenders
 
+    sys.path.insert(0, str(contenders.root(name)))
     try:
         contender = contenders.load(name)
         contender.limit_threads(threads)
