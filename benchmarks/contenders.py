@@ -96,6 +96,8 @@ def load(name: str) -> Contender:
             importlib.import_module("torch")
         if name in ("torch", *FLOORS):
             return Contender(name)
+        if not root(name).is_dir():
+            raise LeftOut(f"is not checked out in {root(name)}")
         kind, _, _ = name.partition("@")
         module, _, attribute = LAYER_CLASSES.get(kind, kind).partition(":")
         if not attribute:
