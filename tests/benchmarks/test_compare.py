@@ -36,7 +36,7 @@ def test_each_commit_runs_its_own_layer(repository, capsys, monkeypatch):
     compare.main(["HEAD~1", "HEAD", *CASE.split()])
     ((before, after),) = (result["contenders"].values() for result in found)
     assert before["difference"]["y"] == 0
-    assert after["difference"]["y"] > 1000  # Each of the eight layers makes it three times as large.
+    assert after["difference"]["y"] > 1000  # 3 to the power of eight layers
     listed = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True, check=True)
     assert len(listed.stdout.splitlines()) == 1  # The two are gone.
 
