@@ -204,3 +204,21 @@ def test_data_that_can_be_read_once_is_enough(lab):
     once, again = (tfbn.diagnose(model, data) for data in (iter([lab.train]), lambda: [lab.train]))
     assert once.findings == again.findings
     assert once.modes == again.modes
+
+
+@pytest.mark.parametrize(
+    ("kind", "mean", "variance"),
+    [
+        ("rescaled_inputs", lambda mu: mu / 1.5, lambda var: var / 1.5**2),
+        ("empty_batches", lambda mu: 0.8 * mu, lambda var: 0.8 * var),
+        ("lagging_statistics", lambda mu: 0.8 * mu, lambda var: 0.2 + 0.8 * var),
+    ],
+)
+@pytest.mark.parametrize("center", [1, 10, 100])
+def test_large_means_do_not_hide_what_pulls_them_to_zero(kind, mean, variance, center):
+    x = RNG.normal(center, np.linspace(0.2, 1.2, 6), (64, 6))
+    norm = layers.BatchNormalization()
+    model = keras.Sequential([keras.Input((6,)), norm])
+    norm.moving_mean.assign(mean(x.mean(0)))
+    norm.moving_variance.assign(variance(x.var(0)))
+    assert kinds(tfbn.diagnose(model, x.astype("float32"), verbose=0)) == [kind]

@@ -23,6 +23,8 @@ IN_CALL = (
 TRAIN_IN_TRAINING_MODE = (
     "call the model with training=True in the training loop, or use tfbn.TrainingLoop"
 )
+RESCALED = "All channels of the first layer agree: the inputs are {times:.3g} times as large as in training."
+PREPARE = "prepare the inputs as in training; if that is not possible, recalibrate"
 ON_TRAINING_DATA = (
     "Diagnose the model on its training data, prepared as in training. If that has no finding, the data "
     "here is different. If it has the same finding, the weights are."
@@ -259,6 +261,14 @@ CAUSES = (
         groups=(MOVING,),
     ),
     Cause(
+        kind="rescaled_inputs",
+        sign=of_statistics.purely_rescaled_inputs,
+        explanation=RESCALED,
+        recalibrate=True,
+        advice=PREPARE,
+        groups=(MOVING,),
+    ),
+    Cause(
         kind="empty_batches",
         sign=of_statistics.empty_batches,
         explanation="Mean and variance are both {kept:.2g} times the true ones: batches without a single "
@@ -329,10 +339,9 @@ CAUSES = (
     Cause(
         kind="rescaled_inputs",
         sign=of_statistics.rescaled_inputs,
-        explanation="All channels of the first layer agree: the inputs are {times:.3g} times as large as in "
-        "training.",
+        explanation=RESCALED,
         recalibrate=True,
-        advice="prepare the inputs as in training; if that is not possible, recalibrate",
+        advice=PREPARE,
         groups=(MOVING,),
     ),
     Cause(

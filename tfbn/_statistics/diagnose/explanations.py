@@ -35,7 +35,8 @@ def initial_values(comparison: Comparison, weight: float) -> float:
 
 def best_initial_weight(comparison: Comparison) -> Explanation:
     """Returns the weight of the initial values that explains the most."""
-    return _best((w, initial_values(comparison, w)) for w in WEIGHTS)
+    weights = [*WEIGHTS, 1 - _kept_of_mean(comparison)]
+    return _best((w, initial_values(comparison, w)) for w in weights)
 
 
 def best_pull_to_zero(comparison: Comparison) -> Explanation:
@@ -44,7 +45,18 @@ def best_pull_to_zero(comparison: Comparison) -> Explanation:
     Expected: :math:`m = a \mu,\ v = a \sigma^2`.
     """
     mean, variance = comparison.true_mean, comparison.true_variance
-    return _best((a, comparison.explained(a * mean, a * variance)) for a in KEPT)
+    factors = [*KEPT, _kept_of_mean(comparison)]
+    return _best((a, comparison.explained(a * mean, a * variance)) for a in factors)
+
+
+def scaled_inputs(comparison: Comparison) -> Explanation:
+    r"""Returns how many times as large the inputs were in training, if nothing else was different.
+
+    Expected: :math:`m = s \mu,\ v = s^2 \sigma^2`.
+    """
+    mean, variance = comparison.true_mean, comparison.true_variance
+    scale = float(np.sqrt(np.median(comparison.variance / variance)))
+    return Explanation(scale, comparison.explained(scale * mean, scale**2 * variance))
 
 
 def best_batch_size(comparison: Comparison) -> Explanation:
@@ -70,7 +82,7 @@ def best_class_fraction(comparison: Comparison, between_classes: np.ndarray) -> 
 
 
 def input_scale(comparison: Comparison) -> Explanation:
-    r"""Returns how many times as large the inputs were in training, if all channels agree on that.
+    r"""Returns how many times as large the inputs were in training, shifted or not, if all channels agree on that.
 
     Expected: :math:`v = w + (1 - w) s^2 \sigma^2`, with a small weight :math:`w` of the initial values.
     The mean may be anything, because the inputs may have been shifted too. What is explained concerns the
@@ -87,6 +99,13 @@ def input_scale(comparison: Comparison) -> Explanation:
         errors = np.log((comparison.variance + epsilon) / (expected + epsilon))
         found.append(Explanation(scale, 1 - float(np.sqrt(np.mean(np.square(errors))))))
     return max(found, key=lambda one: one.explained, default=Explanation(1.0, 0.0))
+
+
+def _kept_of_mean(comparison: Comparison) -> float:
+    """How much of the true mean is in the moving one. Where means are large, no grid is fine enough."""
+    weights = comparison.true_mean / comparison.true_variance
+    kept = weights @ comparison.mean / max(weights @ comparison.true_mean, 1e-30)
+    return float(np.clip(kept, 0, 1))
 
 
 def _best(found: Iterable[tuple[float, float]]) -> Explanation:

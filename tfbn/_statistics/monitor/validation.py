@@ -13,11 +13,10 @@ from tfbn._models.intercept import isolated_tracing
 from tfbn._models.walk import BatchNormLayer
 from tfbn._moments.moments import Moments
 from tfbn._statistics.diagnose.batch_mode import batch_statistics
-from tfbn._statistics.diagnose.causes import CAUSES, Cause
+from tfbn._statistics.diagnose.causes import PREPARE, Cause
 from tfbn._statistics.diagnose.evidence import of_weights
 from tfbn._statistics.diagnose.finding import Finding
 from tfbn._statistics.diagnose.model_evidence import LOG_VARIANCE_RATIO, MEAN_SHIFT
-from tfbn._statistics.diagnose.signs import of_statistics
 from tfbn._statistics.diagnose.signs.sign import Sign
 from tfbn._statistics.layer_call import values
 from tfbn._statistics.monitor.findings import CERTAIN
@@ -27,14 +26,13 @@ from tfbn._statistics.plan import run_model
 
 AGREE = 0.3
 """The spread of the logarithms of the variance ratios up to which all channels agree on a factor."""
-_PREPARE = next(cause.advice for cause in CAUSES if cause.sign is of_statistics.rescaled_inputs)
 
 FED_DIFFERENTLY = Cause(
     kind="validation_fed_differently",
     sign=lambda model: None,  # Only a training shows it.
     explanation="Validation feeds the model differently from training. {what}",
     severity="warning",
-    advice=_PREPARE.split(";")[0],
+    advice=PREPARE.split(";")[0],
 )
 
 

@@ -4,9 +4,11 @@ import numpy as np
 
 from tfbn._statistics.diagnose.explanations import (
     best_class_fraction,
+    best_initial_weight,
     best_pull_to_zero,
     initial_values,
     input_scale,
+    scaled_inputs,
 )
 from tfbn._statistics.diagnose.model_evidence import ModelEvidence, is_off
 from tfbn._statistics.diagnose.signs.sign import (
@@ -25,14 +27,30 @@ def replicas_diverged(model: ModelEvidence) -> Sign | None:
     return named(model, model.diverged)
 
 
+def purely_rescaled_inputs(model: ModelEvidence) -> Sign | None:
+    """Large means hide which of three causes it is: each of them brings the mean nearer to 0."""
+    first = compared(model, [layer for layer in model.to_blame if layer.level == 0])
+    found = [scaled_inputs(c) for _, c in first if len(c.mean) >= 4]
+    others = [
+        max(best_pull_to_zero(c).explained, best_initial_weight(c).explained) for _, c in first
+    ]
+    if not found or 0.8 < (scale := float(np.median([one.value for one in found]))) < 1.25:
+        return None
+    rest = 1 - min(one.explained for one in found)
+    if rest > 0.1 or rest > 0.1 * (1 - max(others)):
+        return None
+    return _rescaled(model, scale)
+
+
 def empty_batches(model: ModelEvidence) -> Sign | None:
-    found = [(layer, best_pull_to_zero(c)) for layer, c in compared(model, model.off)]
+    found = [best_pull_to_zero(c) for _, c in compared(model, model.off)]
     if not found:
         return None
-    explained = np.median([one.explained for _, one in found])
-    kept = float(np.median([one.value for _, one in found]))
-    apart = max(abs(one.value - kept) for _, one in found)
-    if explained < 0.9 or kept > 0.97 or apart > 0.1:
+    explained = np.median([one.explained for one in found])
+    lag = np.median([best_initial_weight(c).explained for _, c in compared(model, model.off)])
+    kept = float(np.median([one.value for one in found]))
+    apart = max(abs(one.value - kept) for one in found)
+    if explained < max(0.9, lag) or kept > 0.97 or apart > 0.1:
         return None
     return Sign(model.off, {**distances(model.off), "kept": kept}, {"kept": kept})
 
@@ -177,6 +195,10 @@ def rescaled_inputs(model: ModelEvidence) -> Sign | None:
     scale = float(np.median([one.value for one in scales]))
     if min(one.explained for one in scales) < 0.9 or 0.8 < scale < 1.25:
         return None
+    return _rescaled(model, scale)
+
+
+def _rescaled(model: ModelEvidence, scale: float) -> Sign:
     times = 1 / scale
     numbers = {**distances(model.to_blame), "scale": times}
     return Sign(model.to_blame, numbers, {"times": times})
