@@ -46,3 +46,19 @@ def test_an_inner_replacement_is_given_the_outer_one():
         assert float(layer(tf.constant(100.0))) == 111
     assert float(layer(tf.constant(100.0))) == 100
     assert "call" not in vars(layer)
+
+
+@pytest.mark.parametrize(("all_threads", "expected"), [(False, 100), (True, 101)])
+def test_other_threads_run_the_layer_as_before_unless_asked_for(all_threads, expected):
+    layer = keras.layers.Identity()
+    seen = []
+
+    def run(layer, call, inputs, **options):
+        return call(inputs, **options) + 1
+
+    with intercept_calls([layer], run, all_threads=all_threads):
+        thread = threading.Thread(target=lambda: seen.append(float(layer(tf.constant(100.0)))))
+        thread.start()
+        thread.join()
+        assert float(layer(tf.constant(100.0))) == 101
+    assert seen == [expected]

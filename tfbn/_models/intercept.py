@@ -14,7 +14,7 @@ from tfbn._normalize.by_hand import without_gradients
 
 @contextlib.contextmanager
 def intercept_calls(
-    layers: Iterable[keras.layers.Layer], run: Callable[..., Any]
+    layers: Iterable[keras.layers.Layer], run: Callable[..., Any], *, all_threads: bool = False
 ) -> Iterator[None]:
     """While open, ``run(layer, call, inputs, training=..., mask=...)`` replaces each layer's ``call``.
 
@@ -27,12 +27,21 @@ def intercept_calls(
     Args:
         layers: The layers to intercept.
         run: Called with a layer, the call that it replaces, and the arguments that Keras passes.
+        all_threads: Whether calls in other threads are replaced, too. By default, they run as before: another
+            thread may serve the model.
     """
+    here = threading.get_ident()
+
+    def dispatch(layer: keras.layers.Layer, call: Any, *args: Any, **kwargs: Any) -> Any:
+        if all_threads or threading.get_ident() == here:
+            return run(layer, call, *args, **kwargs)
+        return call(*args, **kwargs)
+
     before = []
     try:
         for layer in layers:
             before.append((layer, vars(layer).get("call")))
-            layer.call = functools.partial(run, layer, layer.call)
+            layer.call = functools.partial(dispatch, layer, layer.call)
         yield
     finally:
         for layer, call in reversed(before):

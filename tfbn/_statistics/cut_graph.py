@@ -8,6 +8,9 @@ The calls are sorted into levels. Calls of level 0 are computed from the data al
 from the outputs of calls of lower levels. The graph between two levels is a segment. It starts from the
 tensors that cross the cut between them: the inputs of the layers, and whatever passes them by, such as
 the other branch of a residual block.
+
+A model may change variables in inference: the seed of a random layer, the state of a recurrent layer. A
+segment that reads such a variable also updates it, so that the next batch finds what it would find in the model.
 """
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -19,6 +22,7 @@ import tensorflow as tf
 from tfbn._layer import arguments
 from tfbn._models.intercept import intercept_calls
 from tfbn._models.walk import BatchNormLayer, name_of
+from tfbn._statistics.changed_variables import ChangedVariables
 
 DATA = -1
 """The level before the first: nothing has run, and what crosses the cut is the batch."""
@@ -53,6 +57,7 @@ class CutGraph:
     Attributes:
         cuts: The calls, in order.
         levels: The level of each call.
+        written: The variables that the model changes in inference.
 
     Raises:
         ValueError: If a layer is called inside of a graph loop or branch, or on other channels than it was
@@ -94,6 +99,7 @@ class CutGraph:
         self._graph = traced.graph
         self._definition = traced.graph.as_graph_def()
         self._nodes = {node.name: node for node in self._definition.node}
+        self._outputs = {op.name: len(op.outputs) for op in traced.graph.get_operations()}
         captured = traced.captured_inputs
         inputs = [tensor.name for tensor in traced.inputs]
         self._batch = inputs[: len(inputs) - len(captured)]
@@ -108,6 +114,9 @@ class CutGraph:
             )
             for layer, x, mask, output in calls
         ]
+        self._changed = ChangedVariables.of(traced.graph, self._captured)
+        changed = {id(self._captured[handle]) for handle in self._changed.writers}
+        self.written = [v for v in traced.variables if id(v.handle) in changed]
         self._number = {_op(cut.output): number for number, cut in enumerate(self.cuts)}
         self._stages = self._find_stages()
         self.levels = [self._stages[_op(cut.output)] - 1 for cut in self.cuts]
@@ -127,7 +136,11 @@ class CutGraph:
         return tf.TensorSpec(symbolic.shape, symbolic.dtype)
 
     def run(
-        self, known: Mapping[str, tf.Tensor], targets: Sequence[str], normalize: Normalize
+        self,
+        known: Mapping[str, tf.Tensor],
+        targets: Sequence[str],
+        normalize: Normalize,
+        level: int | None = None,
     ) -> dict[str, tf.Tensor]:
         """Computes tensors from others; called while a function is traced.
 
@@ -135,12 +148,16 @@ class CutGraph:
             known: Values of tensors, by name.
             targets: What to compute, and nothing that it does not need.
             normalize: Provides the outputs of the calls on the way.
+            level: That of the first calls that `normalize` does not know. By default, it knows all.
 
         Returns:
             The values of the targets, of what was known, and of what was computed on the way.
+
+        Raises:
+            ValueError: If a variable that is read is updated from what cannot be computed here.
         """
         values = dict(known)
-        needed = self._needed(targets, values)
+        needed = self._with_updates(self._needed(targets, values), values, level)
         ops = {_op(tensor) for tensor in needed}
         segments: dict[int, list[str]] = {}
         for op in self._nodes:  # In the order of the graph.
@@ -170,17 +187,55 @@ class CutGraph:
             return self.cuts[self._number[op]].sources
         return [_tensor(name) for name in self._nodes[op].input if not name.startswith("^")]
 
+    def _with_updates(self, needed: set[str], known: Container[str], level: int | None) -> set[str]:
+        """Adds the updates of the variables that are read for these tensors."""
+        readers, writers = self._changed
+        done: set[str] = set()
+        while handles := {readers[op] for op in map(_op, needed) if op in readers} - done:
+            done |= handles
+            for op in (op for handle in handles for op in writers[handle]):
+                sources = self._needed([_tensor(op), *self._sources(op)], known)
+                late = level is not None and self._stages[op] > level
+                if late or not sources.isdisjoint(self._batch):
+                    raise ValueError(
+                        "The model updates a variable in inference from what it computes after a batch "
+                        "normalization layer, and reads it before. So the layers cannot be measured one after the "
+                        'other. Pass upstream="batch", or do not update the variable in inference. Received: an '
+                        f"update by the operation '{op}'."
+                    )
+                needed |= sources
+        return needed
+
     def _stage(self, tensor: str) -> int:
         return self._stages[_op(tensor)]
 
     def _find_stages(self) -> dict[str, int]:
         """When each operation can run first: stage 0 needs the data alone, stage n outputs of level n-1.
 
-        What does not depend on the data has no stage.
+        What does not depend on the data has no stage, but for the uses of variables that change. A variable is
+        read in the stage in which it is updated, if that is possible.
         """
+        writers = self._changed.writers
+        first: dict[str, int] = dict.fromkeys(writers, 0)
+
+        def last_update(handle: str, stages: Mapping[str, int]) -> int:
+            return max(stages[op] for op in writers[handle])
+
+        stages = self._stages_from(first)
+        first = {handle: last_update(handle, stages) for handle in writers}
+        stages = self._stages_from(first)
+        late = [handle for handle in writers if last_update(handle, stages) > first[handle]]
+        return self._stages_from({**first, **dict.fromkeys(late, 0)}) if late else stages
+
+    def _stages_from(self, first: Mapping[str, int]) -> dict[str, int]:
+        """The stages if each variable that changes is not used before the stage that is given for it."""
         stages = {_op(tensor): 0 for tensor in self._batch}
+        users = self._changed.users()
         for op in self._nodes:
             before = [stages[_op(t)] for t in self._sources(op) if _op(t) in stages]
+            if op in users:  # Their order matters.
+                order = [i[1:] for i in self._nodes[op].input if i.startswith("^")]
+                before += [first[users[op]], *(stages.get(other, 0) for other in order)]
             if op in self._number:
                 stages[op] = 1 + max(before, default=0)
             elif before:
@@ -220,13 +275,13 @@ class CutGraph:
         """Copies operations into the current graph, and adds those of their outputs that are needed."""
         part = tf.compat.v1.GraphDef(versions=self._definition.versions)
         part.library.CopyFrom(self._definition.library)
-        copied: set[str] = set()
+        copied: dict[str, None] = {}  # In order.
         feeds: dict[str, tf.Tensor] = {}
         for op in ops:
             if _tensor(op) in self._captured:
                 values[_tensor(op)] = tf.identity(self._captured[_tensor(op)])
             else:
-                copied.add(op)
+                copied[op] = None
         for op in copied:
             node = part.node.add()
             node.CopyFrom(self._nodes[op])
@@ -238,7 +293,7 @@ class CutGraph:
             edges = [i for i in node.input if not i.startswith("^") or i[1:] in copied]
             node.ClearField("input")
             node.input.extend(edges)
-        outputs = [tensor for tensor in needed if _op(tensor) in copied]
+        outputs = [t for t in needed if _op(t) in copied and self._outputs[_op(t)]]
         found = tf.graph_util.import_graph_def(part, feeds, return_elements=outputs, name="")
         values |= zip(outputs, found, strict=True)
 

@@ -10,6 +10,7 @@ With ``upstream="batch"``, each layer normalizes by the statistics of the batch,
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -110,6 +111,7 @@ class StatisticsPasses:
         self._cache = TensorCache() if cache is None else cache
         self._prior = prior
         self._traced: dict[Any, TracedModel] = {}
+        self._initial: dict[int, tuple[tf.Variable, tf.Tensor]] = {}
         self.forward = forward
         self.strategy = strategy_of(model)
         self.passes = 0
@@ -128,12 +130,14 @@ class StatisticsPasses:
                 must be read again but cannot, or has changed.
         """
         if not self._exact:
-            self._measure_by_batch(reader)
+            with self.variables_restored():
+                self._measure_by_batch(reader)
             return
         with self._cache:
             checkpoint = None
             for level in range(self.levels):
-                checkpoint = self._measure_level(level, reader, checkpoint)
+                with self.variables_restored():  # Each level sees the same random numbers.
+                    checkpoint = self._measure_level(level, reader, checkpoint)
         self.cache_use = dataclasses.replace(
             self.cache_use, memory=self._cache.peak_memory, disk=self._cache.peak_disk
         )
@@ -155,6 +159,15 @@ class StatisticsPasses:
         with intercept_calls(self._layers, run):
             return self.forward(self._model, batch)
 
+    @contextlib.contextmanager
+    def variables_restored(self) -> Iterator[None]:
+        """Restores on exit the variables that the model changes in inference, as they were before the first run."""
+        try:
+            yield
+        finally:
+            for variable, value in self._initial.values():
+                variable.assign(value)
+
     def _trace(self, spec: Any) -> TracedModel:
         """Traces the model once for each kind of batch."""
         key = tuple(tf.nest.flatten(spec))
@@ -163,6 +176,8 @@ class StatisticsPasses:
             if self._traced:
                 self._check_calls(traced)
             self._traced[key] = traced
+            for variable in traced.written:
+                self._initial.setdefault(id(variable), (variable, tf.identity(variable)))
         return self._traced[key]
 
     def _check_calls(self, traced: TracedModel) -> None:

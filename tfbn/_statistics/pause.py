@@ -35,7 +35,7 @@ def pause_statistics(model: keras.layers.Layer) -> Iterator[None]:
         >>> with tfbn.pause_statistics(model):
         ...     y_adversarial = model(x + perturbation, training=True)
     """
-    with intercept_calls(batch_norm_layers(model), _call_and_restore):
+    with intercept_calls(batch_norm_layers(model), _call_and_restore, all_threads=True):
         yield
 
 

@@ -53,7 +53,8 @@ def recalibrate(
     - ``upstream="batch"`` takes one pass. Each layer normalizes by the statistics of the current batch, as
       in training, so use the batch size of training. Batches of unequal size are weighted correctly.
 
-    All other layers, such as dropout, run in inference mode.
+    All other layers, such as dropout, run in inference mode. What they change there, such as the seed of a
+    random layer or the state of a recurrent layer, goes on from batch to batch and is restored afterwards.
 
     A layer that is called several times gets the statistics of all its calls together; during the passes,
     each call normalizes by its own statistics, as in training. With ``renorm``, the statistics that the

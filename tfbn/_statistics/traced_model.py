@@ -71,6 +71,11 @@ class TracedModel:
         return [cut.layer for cut in self._any_graph.cuts]
 
     @property
+    def written(self) -> list[tf.Variable]:
+        """The variables that the model changes in inference."""
+        return [variable for graph in self.graphs.values() for variable in graph.written]
+
+    @property
     def levels(self) -> list[int]:
         """The level of each call."""
         return self._any_graph.levels
@@ -96,9 +101,8 @@ class TracedModel:
             For each replica, a function of the tensors that cross the first cut. It returns those that cross
             the second one, and the packed moments of the calls there.
         """
-        numbers = [number for number, call in enumerate(calls) if call.level == level]
         return {
-            replica: _segment(graph, start, level if keeping else None, numbers, calls, summaries)
+            replica: _segment(graph, start, level, calls, summaries, keeping)
             for replica, graph in self.graphs.items()
         }
 
@@ -156,20 +160,21 @@ def flat(batch: Any) -> list[tf.Tensor]:
 def _segment(
     graph: CutGraph,
     start: int,
-    end: int | None,
-    numbers: Sequence[int],
+    level: int,
     calls: Sequence[LayerCall],
     summaries: Sequence[Summary],
+    keeping: bool,
 ) -> Segment:
+    numbers = [number for number, call in enumerate(calls) if call.level == level]
     given = graph.crossing(start)
-    crossing = [] if end is None else graph.crossing(end)
+    crossing = graph.crossing(level) if keeping else []
 
     def normalize(number: int, x: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
         return calls[number].normalize(x, graph.cuts[number].axes)
 
     def run(*tensors: tf.Tensor) -> list[tf.Tensor]:
         targets = [*crossing, *(name for number in numbers for name in graph.cuts[number].sources)]
-        known = graph.run(dict(zip(given, tensors, strict=True)), targets, normalize)
+        known = graph.run(dict(zip(given, tensors, strict=True)), targets, normalize, level)
         moments = []
         for number in numbers:
             x, mask = graph.inputs(number, known)

@@ -97,48 +97,51 @@ def diagnose(
     with_losses = has_loss(model, reader.spec, passes.strategy.num_replicas_in_sync)
     split = SplitReader(reader, hold_out=with_losses)
     reader.expect(1, passes.levels)
-    losses, not_finite = None, None
-    try:
-        passes.measure(split)
-    except NotFiniteError as error:
-        layer = str(error).rsplit("'", 2)[1]  # The text ends with its name.
-        not_finite = trace_not_finite(model, layer, split.is_finite)
-    measured, comparisons = _measured(layers, passes, reader.batches)
-    if with_losses and not_finite is None:
-        losses = Losses(model, split.aside)
-        learning = [layer for layer in built if not statistics_are_frozen(layer)]
-        run = functools.partial(passes.forward, model)
-        losses.add("training", run, lambda: batch_statistics(learning))
-        losses.add("inference", run, lambda: no_updates(built))
-        losses.add("recalibrated", passes.predict)
-    experiments = None
-    if passes.strategy.num_replicas_in_sync == 1:
-        experiments = Experiments(model, built, passes.forward, split.aside, losses)
-    optimizer = unwrap_optimizer(getattr(model, "optimizer", None))
-    evidence = ModelEvidence(
-        layers=measured,
-        comparisons=comparisons,
-        structure=structure_of(model, layers, forward, reader.spec),
-        losses=losses,
-        experiments=experiments,
-        steps=int(optimizer.iterations.numpy()) if optimizer is not None else 0,
-        averages_weights=bool(getattr(optimizer, "use_ema", False)),
-        zeros=_zeros(model),
-        not_finite=not_finite,
-        diverged=[name_of(layer) for layer in built if _replicas_differ(layer, passes.strategy)],
-    )
-    diagnosis = Diagnosis(
-        findings=find(evidence, _recalibrate_call(upstream, forward)),
-        layers=tuple(evidence.layers),
-        modes=losses.modes if losses is not None else {},
-        passes=passes.passes,
-        batches=reader.batches,
-        examples=reader.examples,
-        channels={name: ChannelStatistics.of(one) for name, one in comparisons.items()},
-    )
-    if prints_result(verbose):
-        print(diagnosis)
-    return diagnosis
+    with passes.variables_restored():
+        losses, not_finite = None, None
+        try:
+            passes.measure(split)
+        except NotFiniteError as error:
+            layer = str(error).rsplit("'", 2)[1]  # The text ends with its name.
+            not_finite = trace_not_finite(model, layer, split.is_finite)
+        measured, comparisons = _measured(layers, passes, reader.batches)
+        if with_losses and not_finite is None:
+            losses = Losses(model, split.aside)
+            learning = [layer for layer in built if not statistics_are_frozen(layer)]
+            run = functools.partial(passes.forward, model)
+            losses.add("training", run, lambda: batch_statistics(learning))
+            losses.add("inference", run, lambda: no_updates(built))
+            losses.add("recalibrated", passes.predict)
+        experiments = None
+        if passes.strategy.num_replicas_in_sync == 1:
+            experiments = Experiments(model, built, passes.forward, split.aside, losses)
+        optimizer = unwrap_optimizer(getattr(model, "optimizer", None))
+        evidence = ModelEvidence(
+            layers=measured,
+            comparisons=comparisons,
+            structure=structure_of(model, layers, forward, reader.spec),
+            losses=losses,
+            experiments=experiments,
+            steps=int(optimizer.iterations.numpy()) if optimizer is not None else 0,
+            averages_weights=bool(getattr(optimizer, "use_ema", False)),
+            zeros=_zeros(model),
+            not_finite=not_finite,
+            diverged=[
+                name_of(layer) for layer in built if _replicas_differ(layer, passes.strategy)
+            ],
+        )
+        diagnosis = Diagnosis(
+            findings=find(evidence, _recalibrate_call(upstream, forward)),
+            layers=tuple(evidence.layers),
+            modes=losses.modes if losses is not None else {},
+            passes=passes.passes,
+            batches=reader.batches,
+            examples=reader.examples,
+            channels={name: ChannelStatistics.of(one) for name, one in comparisons.items()},
+        )
+        if prints_result(verbose):
+            print(diagnosis)
+        return diagnosis
 
 
 def _measured(

@@ -5,6 +5,7 @@ Each experiment runs when a cause first asks for it; a healthy model needs none.
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -164,7 +165,7 @@ class Experiments:
                 names.append(name_of(layer))
                 measured.append(measure(x, axes, mask))
 
-            random = random_layers(self._model) if noise else []
+            random = filter(_takes_training, random_layers(self._model)) if noise else []
             active = intercept_calls(random, _in_training)
             with batch_statistics(self._layers, observe), active:
                 self._forward(self._model, batch)
@@ -187,6 +188,11 @@ class Experiments:
         finally:
             for variable, value in before:  # such as the states of random generators
                 variable.assign(value)
+
+
+def _takes_training(layer: keras.layers.Layer) -> bool:
+    """Whether Keras passes `training` to a layer; one that it does not is as random in inference."""
+    return "training" in inspect.signature(layer.call).parameters
 
 
 def _in_training(
