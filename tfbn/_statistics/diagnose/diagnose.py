@@ -1,6 +1,7 @@
 """Explains why a model performs well in training and badly in inference."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,6 +116,10 @@ def diagnose(
         experiments = None
         if passes.strategy.num_replicas_in_sync == 1:
             experiments = Experiments(model, built, passes.forward, split.aside, losses)
+            if losses is not None and not math.isfinite(losses.modes["recalibrated"]["loss"]):
+                where = experiments.first_not_finite()
+                if where is not None:
+                    losses, not_finite = None, trace_not_finite(model, where, split.is_finite)
         optimizer = unwrap_optimizer(getattr(model, "optimizer", None))
         evidence = ModelEvidence(
             layers=measured,

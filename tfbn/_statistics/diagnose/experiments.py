@@ -132,6 +132,16 @@ class Experiments:
         labels = labels[:, 0]
         return labels if 1 < len(np.unique(labels)) <= min(MOST_CLASSES, len(labels) / 2) else None
 
+    def first_not_finite(self) -> str | None:
+        """The first layer whose inputs are not finite in a batch set aside, or None."""
+
+        def is_finite(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) -> tf.Tensor:
+            seen = x if mask is None else tf.where(mask, x, tf.zeros_like(x))
+            return tf.reduce_all(tf.math.is_finite(seen))
+
+        observed = self._observe(is_finite)
+        return next((name for name, finite in observed.items() if not all(finite)), None)
+
     def _average(
         self, measure: Callable[..., Any], noise: bool = False
     ) -> Mapping[str, Statistics]:
