@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfbn._models.intercept import isolated_tracing
 from tfbn._models.walk import walk
 from tfbn._support.checks import is_number
 
@@ -63,6 +64,33 @@ def random_inputs(specs: Any, batch_size: int, unknown: int = 32) -> Any:
         )
 
     return keras.tree.map_structure(draw, specs)
+
+
+def outputs(model: keras.Model, inputs: Any) -> tuple[Any, keras.StatelessScope]:
+    """Calls a model in inference, and changes nothing.
+
+    Returns:
+        Its outputs, and a scope with the new values of the variables that the call would change, such as the
+        seeds of random layers and the states of recurrent layers.
+    """
+    with isolated_tracing(), keras.StatelessScope() as scope:
+        return model(inputs, training=False), scope
+
+
+def outputs_of_both(model: keras.Model, new: keras.Model, inputs: Any) -> tuple[Any, Any]:
+    """Calls a model and its copy. The variables that calls change get the values of the model in the copy."""
+    expected, changed = _outputs_and_changed(model, inputs)
+    actual, changed_too = _outputs_and_changed(new, inputs)
+    if changed and [v.shape for v in changed] == [v.shape for v in changed_too]:
+        for old, copied in zip(changed, changed_too, strict=True):
+            copied.assign(old)
+        actual, _ = outputs(new, inputs)
+    return expected, actual
+
+
+def _outputs_and_changed(model: keras.Model, inputs: Any) -> tuple[Any, list[keras.Variable]]:
+    found, scope = outputs(model, inputs)
+    return found, [v for v in model.variables if scope.get_current_value(v) is not None]
 
 
 def difference(expected: Any, actual: Any) -> float:

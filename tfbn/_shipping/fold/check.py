@@ -33,8 +33,7 @@ def difference_of(
     Raises:
         FoldError: If the difference is larger than the tolerance.
     """
-    expected = model(inputs, training=False)
-    difference = compare.difference(expected, new(inputs, training=False))
+    difference = compare.difference(*compare.outputs_of_both(model, new, inputs))
     if not difference <= tolerance:
         raise FoldError(
             f"The {what} model gives other outputs than the model. "
