@@ -10,11 +10,13 @@ A small network learns the digits 0 to 4. Then it learns to tell 5 to 9 apart fr
 - fuse: `tfbn.fuse(base)` does the same, with each batch normalization as part of the convolution before it.
 - recalibrate, fuse: first `tfbn.recalibrate(base, x, prior=N)`.
 
-Prints and draws the accuracy on all other images of 5 to 9, over several seeds, and the time of a training step.
-`python -m benchmarks.fused` measures time and memory of large networks.
+Prints and draws the accuracy on all other images of 5 to 9, over several seeds, and the time and the peak memory of a
+training step. `python -m benchmarks.fused` measures time and memory of large networks.
 """
 
 import argparse
+import multiprocessing
+import re
 import statistics
 import sys
 import time
@@ -28,6 +30,8 @@ ROOT = Path(__file__).parents[1]
 PER_CLASS = 4
 STEP_SHAPE = (32, 32, 32, 1)
 """The batch whose training step is timed: with two digits, a step is all overhead."""
+MEMORY_SHAPE = (256, 32, 32, 1)
+"""The batch whose peak memory is measured: activations outweigh all else."""
 
 
 class Outcome(NamedTuple):
@@ -38,6 +42,8 @@ class Outcome(NamedTuple):
     """One for each seed, from 0 to 1."""
     milliseconds: float
     """The median time of a training step on a batch of `STEP_SHAPE`."""
+    megabytes: float
+    """What training steps on a batch of `MEMORY_SHAPE` add to the peak memory of a process."""
 
 
 def everything(base: Any, x: np.ndarray) -> tuple[Any, dict[str, bool]]:
@@ -132,8 +138,9 @@ def run(seeds: int, epochs: int, steps: int) -> list[Outcome]:
         return model.evaluate(images[rest], labels[rest] - 5, batch_size=512, verbose=0)[1]
 
     times = step_times(pretrained, images[:20], steps)
+    peaks = step_peaks()
     return [
-        Outcome(name, [fine_tuned(name, seed) for seed in range(seeds)], times[name])
+        Outcome(name, [fine_tuned(name, seed) for seed in range(seeds)], times[name], peaks[name])
         for name in WAYS
     ]
 
@@ -171,26 +178,27 @@ def compiled(model: Any, rate: float) -> Any:
     return model
 
 
-def step_times(pretrained: Any, x: np.ndarray, steps: int) -> dict[str, float]:
-    """The median milliseconds of a training step of the base in each way, in turns."""
+def step_of(name: str, pretrained: Any, x: np.ndarray, shape: Sequence[int]) -> Callable[[], Any]:
+    """Traces a training step of the base in one way, on a batch of this shape."""
     import tensorflow as tf
 
-    batch = tf.random.normal(STEP_SHAPE)
+    batch = tf.random.normal(shape)
+    base, arguments = WAYS[name](copied(pretrained), x)
+    training = arguments.get("training", True)  # What the recipe is meant to do.
 
-    def step_of(name: str) -> Callable[[], Any]:
-        base, arguments = WAYS[name](copied(pretrained), x)
-        training = arguments.get("training", True)  # What the recipe is meant to do.
+    @tf.function(autograph=False)
+    def step() -> Any:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(base(batch, training=training))
+        return tape.gradient(loss, base.trainable_variables)
 
-        @tf.function(autograph=False)
-        def step() -> Any:
-            with tf.GradientTape() as tape:
-                loss = tf.reduce_sum(base(batch, training=training))
-            return tape.gradient(loss, base.trainable_variables)
+    # TensorFlow would take the five ways for one function that is traced again and again.
+    return step.get_concrete_function()
 
-        # TensorFlow would take the five ways for one function that is traced again and again.
-        return step.get_concrete_function()
 
-    functions = {name: step_of(name) for name in WAYS}
+def step_times(pretrained: Any, x: np.ndarray, steps: int) -> dict[str, float]:
+    """The median milliseconds of a training step of the base in each way, in turns."""
+    functions = {name: step_of(name, pretrained, x, STEP_SHAPE) for name in WAYS}
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     for turn in range(steps + 2):
         for name, step in functions.items():
@@ -201,13 +209,38 @@ def step_times(pretrained: Any, x: np.ndarray, steps: int) -> dict[str, float]:
     return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
 
 
+def step_peaks() -> dict[str, float]:
+    """The megabytes that training steps take in each way, each in a new process."""
+    spawn = multiprocessing.get_context("spawn")
+    peaks = {}
+    for name in WAYS:
+        with spawn.Pool(1) as process:
+            peaks[name] = process.apply(step_peak, (name, MEMORY_SHAPE))
+    return peaks
+
+
+def step_peak(name: str, shape: Sequence[int]) -> float:
+    """The megabytes that training steps add to the peak memory of this process. Needs Linux's /proc."""
+    step = step_of(name, backbone(), np.zeros(shape, "float32")[:8], shape)
+    before = _peak()
+    for _ in range(3):
+        step()[0].numpy()
+    return _peak() - before
+
+
+def _peak() -> float:
+    """The most megabytes that this process has held at once. `resource` would count its parent's, too."""
+    (line,) = re.findall(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
+    return int(line) / 1024
+
+
 def table(outcomes: Sequence[Outcome]) -> str:
     """Formats the outcomes as a table."""
-    lines = [f"{'':<19}{'accuracy':>9}{'worst':>8}{'best':>8}{'ms a step':>11}"]
-    for way, found, milliseconds in outcomes:
+    lines = [f"{'':<19}{'accuracy':>9}{'worst':>8}{'best':>8}{'ms a step':>11}{'peak MB':>9}"]
+    for way, found, milliseconds, megabytes in outcomes:
         mean = statistics.mean(found)
         lines.append(
-            f"{way:<19}{mean:>9.1%}{min(found):>8.1%}{max(found):>8.1%}{milliseconds:>11.1f}"
+            f"{way:<19}{mean:>9.1%}{min(found):>8.1%}{max(found):>8.1%}{milliseconds:>11.1f}{megabytes:>9.0f}"
         )
     return "\n".join(lines)
 
@@ -215,14 +248,20 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def conclusion(outcomes: Sequence[Outcome]) -> str:
     """Says what the figures say."""
     found = {outcome.way: outcome for outcome in outcomes}
-    fused, free = found["fuse"], found["everything"]
+    fused, frozen, free = found["fuse"], found["freeze"], found["everything"]
     pairs = zip(fused.accuracies, free.accuracies, strict=True)
     wins = sum(one > other for one, other in pairs)
-    step = fused.milliseconds / found["freeze"].milliseconds
-    return (
-        f"With frozen statistics, {wins} of {len(fused.accuracies)} seeds end better than with those of small batches. "
-        f"A fused step takes {step:.2f} times as long as a frozen one."
-    )
+    lines = [
+        f"With frozen statistics, {wins} of {len(fused.accuracies)} seeds end better than with those of small batches.",
+        f"A fused step takes {fused.milliseconds / frozen.milliseconds:.2f} times as long as a frozen one, and "
+        f"{fused.megabytes / frozen.megabytes:.2f} times the memory.",
+    ]
+    adapted = found.get("recalibrate, fuse")
+    if adapted and statistics.mean(adapted.accuracies) < statistics.mean(fused.accuracies):
+        lines.append(
+            "Recalibrating first does not pay here: the images look like those of the pretraining."
+        )
+    return "\n".join(lines)
 
 
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:
