@@ -1,6 +1,6 @@
-r"""Converts, folds and fuses every network of `keras.applications`, and records the results.
+r"""Converts, folds, fuses and recalibrates every network of `keras.applications`, and records the results.
 
-    python -m benchmarks.applications                        # all of them: about 15 minutes
+    python -m benchmarks.applications                        # all of them: about half an hour
     python -m benchmarks.applications DenseNet121 Xception   # only these; the others keep their results
 
 Uses random weights and small random images, so nothing is downloaded. Each network runs in its own process,
@@ -27,6 +27,8 @@ PAGE = RESULTS.with_suffix(".md")
 SIZE = 96
 BAR = 1e-4
 """The largest allowed change of a folded network's outputs, relative to the largest output."""
+RECALIBRATION = 8
+"""On how many images networks are recalibrated, three at a time."""
 SECONDS = 900.0
 
 
@@ -38,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     if options.here:
-        print(json.dumps(measured(*options.networks)))
+        (name,) = options.networks
+        result = measured(name)
+        print(json.dumps(result | recalibrated(name) if result["layers"] else result))
         return
     known = names()
     found = {name: old for name, old in results.by_network(RESULTS).items() if name in known}
@@ -132,6 +136,62 @@ def measured(name: str, size: int = SIZE) -> dict[str, Any]:
         **fused,
         **(_in_float64(name, stock, images, after) if folded.report.rows else {}),
     }
+
+
+def recalibrated(name: str, size: int = SIZE) -> dict[str, float]:
+    """Recalibrates a network on batches, and compares with Keras's training step on all images as one batch.
+
+    Returns:
+        The largest difference of a mean or a variance, in standard deviations or relative to the variance, in
+        float64 and in float32.
+    """
+    import keras
+    import numpy as np
+
+    import tfbn
+
+    keras.utils.set_random_seed(0)
+    stock = built(name, size, classifier_activation=None)
+    images = np.random.default_rng(2).normal(0.3, 1.7, (RECALIBRATION, size, size, 3))
+    with _float64():
+        exact, oracle = (
+            getattr(keras.applications, name)(
+                weights=None, input_shape=(size, size, 3), classifier_activation=None
+            )
+            for _ in range(2)
+        )
+        for model in (exact, oracle):
+            model.set_weights(stock.get_weights())
+        for layer in oracle.layers:
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.momentum = 0.0
+            elif isinstance(layer, keras.layers.Dropout):
+                layer.rate = 0.0
+        oracle(images, training=True)
+        tfbn.recalibrate(exact, images, batch_size=3, verbose=0)
+    tfbn.recalibrate(stock, images.astype("float32"), batch_size=3, verbose=0)
+    return {
+        "recalibrated_difference_in_float64": _difference_of_statistics(exact, oracle),
+        "recalibrated_difference": _difference_of_statistics(stock, oracle),
+    }
+
+
+def _difference_of_statistics(model: Any, expected: Any) -> float:
+    import keras
+    import numpy as np
+
+    worst = 0.0
+    for one, other in zip(model.layers, expected.layers, strict=True):
+        if isinstance(one, keras.layers.BatchNormalization):
+            mean, variance, true_mean, true_variance = (
+                np.asarray(value, "float64")
+                for layer in (one, other)
+                for value in (layer.moving_mean, layer.moving_variance)
+            )
+            spread = true_variance + other.epsilon
+            shifts = abs(mean - true_mean) / np.sqrt(spread)
+            worst = max(worst, shifts.max(), (abs(variance - true_variance) / spread).max())
+    return float(worst)
 
 
 def _fused(stock: Any, behind: set[str], images: Any, expected: Any) -> dict[str, Any]:
@@ -251,6 +311,7 @@ def page(run: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     head = ["network", "layers", "bit-equal", "folded", "left", "converted", "difference"]
     head += ["in float64", "rounding", "rounding, folded", "fused", "difference, fused"]
+    head += ["recalibrated", "in float64"]
     numbers = ["converted_difference", "difference"]
     numbers += ["difference_in_float64", "rounding", "rounding_folded"]
     rows = [
@@ -263,6 +324,10 @@ def page(run: dict[str, Any]) -> str:
             *(f"{result[key]:.0e}" for key in numbers),
             str(result.get("fused", "")),
             f"{result['fused_difference']:.0e}" if "fused" in result else "not run",
+            *(
+                f"{result[key]:.0e}" if key in result else "not run"
+                for key in ("recalibrated_difference", "recalibrated_difference_in_float64")
+            ),
         ]
         for result in found
     ]
@@ -279,8 +344,10 @@ def page(run: dict[str, Any]) -> str:
     fused_exact = max(r["fused_difference_in_float64"] for r in fused)
     exactly = "exactly" if all(r["fused_as_expected"] for r in fused) else "NOT exactly"
     unfused = "bit for bit" if all(r["unfused"] for r in fused) else "but NOT everywhere"
+    key = "recalibrated_difference_in_float64"
+    giant = max(r[key] for r in found if key in r)
     same = all(r["identical"] and not r["difference"] for r in none)
-    return f"""# The networks of keras.applications, converted, folded and fused
+    return f"""# The networks of keras.applications, converted, folded, fused and recalibrated
 
 Generated by `python -m benchmarks.applications`; do not edit. {versions}; on a CPU, in
 float32, with random weights, the statistics of random images of {SIZE}×{SIZE}, and logits as outputs.
@@ -300,6 +367,9 @@ For fine-tuning, `tfbn.fuse` fused {sum(r["fused"] for r in fused)} layers of {l
 directly behind a convolution. `tfbn.unfuse` gave the same names, weights and outputs back, {unfused}. Where the
 networks compute in float64, fusing changes no output by more than {fused_exact:.0e}.
 
+`tfbn.recalibrate` on {RECALIBRATION} images, three at a time, gave the statistics that a training step of Keras's
+layers gives on all of them as one batch, with a momentum of 0 and without dropout: in float64 up to {giant:.0e}.
+
 {table(head, rows)}
 
 - layers: of batch normalization.
@@ -312,6 +382,8 @@ networks compute in float64, fusing changes no output by more than {fused_exact:
   and of the folded one.
 - fused: with the convolution before it, by `tfbn.fuse`; the other layers keep their frozen statistics. The difference
   is the largest between outputs of the network and of the fused one, of the largest output.
+- recalibrated: the largest difference of a mean, in standard deviations, or of a variance, relative to it, between
+  `tfbn.recalibrate` in float32 and the one large batch in float64. In float64: where both compute in float64.
 
 ## What is left, and why
 

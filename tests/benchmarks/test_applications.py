@@ -43,6 +43,22 @@ def test_each_layer_directly_behind_a_linear_one_is_fused_and_comes_back(name):
     assert result["fused_difference"] <= max(applications.BAR, 2 * result["rounding"])
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in RESULTS if "recalibrated_difference" in RESULTS[name]]
+)
+def test_recalibration_is_a_step_on_one_large_batch(name):
+    assert RESULTS[name]["recalibrated_difference_in_float64"] <= 1e-9
+    # In float32, what the layers before make of rounding adds up.
+    assert RESULTS[name]["recalibrated_difference"] <= 1e-2
+
+
+@pytest.mark.slow
+def test_a_network_is_recalibrated_as_it_was():
+    found = applications.recalibrated("MobileNetV3Small", size=72)
+    assert found["recalibrated_difference_in_float64"] <= 1e-9
+    assert found["recalibrated_difference"] <= 1e-3
+
+
 def test_no_network_is_missing():
     assert RUN["not_run"] == []
     if keras.__version__ == RUN["versions"]["Keras"]:  # Another one may have others.
