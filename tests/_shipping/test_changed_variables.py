@@ -7,19 +7,7 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
-
-
-@keras.saving.register_keras_serializable("test_changed_variables")
-class Noise(layers.Layer):
-    """Is random in inference too, as the sampling of a variational autoencoder."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.generator = keras.random.SeedGenerator(1)
-
-    def call(self, x):
-        return x + keras.random.normal(keras.ops.shape(x), seed=self.generator)
-
+from custom_models import Noise
 
 X = np.random.default_rng(0).normal(size=(4, 5, 3)).astype("float32")
 

@@ -7,19 +7,9 @@ import tensorflow as tf
 from keras import layers
 
 import tfbn
+from custom_models import Noise
 
 UPSTREAM = pytest.mark.parametrize("upstream", ["population", "batch"])
-
-
-class Noise(layers.Layer):
-    """Adds Keras's random numbers in inference too, as the sampling of a variational autoencoder does."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.generator = keras.random.SeedGenerator(1)
-
-    def call(self, x):
-        return x + keras.random.normal(keras.ops.shape(x), seed=self.generator)
 
 
 class GeneratorNoise(layers.Layer):

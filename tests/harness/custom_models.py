@@ -228,3 +228,15 @@ MODELS = {
     "backbone inside": lambda: functional(Backbone(), Block()),
     "task": lambda: Task(Backbone(), layers.Rescaling(0.5)),
 }
+
+
+@registered
+class Noise(layers.Layer):
+    """Is random in inference too, as the sampling of a variational autoencoder."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.generator = keras.random.SeedGenerator(1)
+
+    def call(self, x: Any) -> Any:
+        return x + keras.random.normal(keras.ops.shape(x), seed=self.generator)
