@@ -16,11 +16,18 @@ from tfbn._normalize.kernel import Normalization
 class NotFiniteError(ValueError):
     """Raised by `tfbn.recalibrate` when the inputs of a layer contain NaN or infinity. The model does not change.
 
+    Attributes:
+        layer: The path of the layer.
+
     Example:
         >>> tfbn.recalibrate(model, images * float("nan"))
         Traceback (most recent call last):
         tfbn.NotFiniteError: ...
     """
+
+    def __init__(self, message: str, layer: str = ""):
+        super().__init__(message)
+        self.layer = layer
 
 
 class LayerCall:
@@ -53,7 +60,8 @@ class LayerCall:
             raise NotFiniteError(
                 "The inputs of a batch normalization layer contain NaN or infinite values. They come from "
                 "the data, the weights, or a frozen layer before it. To find the operation, call "
-                f"`tf.debugging.enable_check_numerics()`. Received: layer {name_of(self.layer)!r}."
+                f"`tf.debugging.enable_check_numerics()`. Received: layer {name_of(self.layer)!r}.",
+                name_of(self.layer),
             )
         self.moments = measured
         # A channel that masks hide everywhere keeps the statistics of the layer.

@@ -21,10 +21,10 @@ Predict = Callable[[Any], Any]
 """Computes the model's outputs for a batch."""
 
 
-def has_loss(model: keras.layers.Layer, spec: Any, replicas: int) -> bool:
-    """Whether a loss can be computed: the model is compiled, there are labels, and one replica."""
+def has_loss(model: keras.layers.Layer, spec: Any) -> bool:
+    """Whether the model is compiled, and batches of this spec have labels."""
     _, y, _ = unpacked(model, spec)
-    return getattr(model, "compiled", False) and y is not None and replicas == 1
+    return getattr(model, "compiled", False) and y is not None
 
 
 class Losses:
