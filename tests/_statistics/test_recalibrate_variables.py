@@ -34,6 +34,34 @@ class Counted(layers.Layer):
         return x * self.batches
 
 
+class CountedInBranch(Counted):
+    """Counts in a branch of the graph that always runs."""
+
+    def call(self, x):
+        def count():
+            self.batches.assign(self.batches + 1.0)
+            return x * self.batches
+
+        return tf.cond(tf.reduce_all(tf.math.is_finite(x)), count, lambda: x)
+
+
+class CountedInLoop(Counted):
+    """Counts in a branch in a loop of the graph, which runs once."""
+
+    def call(self, x):
+        def count():
+            self.batches.assign(self.batches + 1.0)
+            return x * self.batches
+
+        def body(number, y):
+            return number + 1, tf.cond(number < 1, count, lambda: y)
+
+        return tf.while_loop(lambda number, _: number < 1, body, (tf.constant(0), x))[1]
+
+    def compute_output_shape(self, shape):  # Keras reads the variable where the loop cannot.
+        return shape
+
+
 class Remembering(layers.Layer):
     """Adds the mean that a layer behind it stored for the batch before."""
 
@@ -98,9 +126,25 @@ def test_the_state_of_a_recurrent_layer_goes_on_from_batch_to_batch(upstream, be
     np.testing.assert_array_equal(gru.states[0], np.zeros((4, 3)))
 
 
+def test_numbers_that_depend_on_normalized_values_need_the_batch_mode():
+    """How many the generator draws behind the layer decides what the next batch gets before it."""
+    generator = GeneratorNoise()
+    image = keras.Input((2,))
+    hidden = layers.BatchNormalization()(generator(image))
+    model = keras.Model(image, layers.BatchNormalization(name="norm")(generator(hidden)))
+    x = np.ones((4000, 2), "float32")
+    with pytest.raises(ValueError, match='Pass upstream="batch"'):
+        tfbn.recalibrate(model, x, batch_size=80)
+    tfbn.recalibrate(model, x, batch_size=80, upstream="batch")
+    norm = model.get_layer("norm")
+    # The normalized noise and a second one, both of variance 1: if they were the same, it would be 4.
+    np.testing.assert_allclose(norm.moving_variance, 2.0, atol=0.3)
+
+
 @UPSTREAM
-def test_a_variable_that_is_updated_before_it_is_read(upstream):
-    counted = Counted()
+@pytest.mark.parametrize("counter", [Counted, CountedInBranch, CountedInLoop])
+def test_a_variable_that_is_updated_before_it_is_read(counter, upstream):
+    counted = counter()
     model = behind(counted)
     tfbn.recalibrate(model, np.ones((12, 2), "float32"), batch_size=3, upstream=upstream)
     norm = model.get_layer("norm")

@@ -113,8 +113,9 @@ def advice(model: keras.Model, inputs: Any, tolerance: float) -> str:
     apart = difference(*(model(inputs, training=False) for _ in range(2)))
     if apart > tolerance:
         return (
-            f"The outputs of the model are random: two calls on the same inputs differ by {apart:.2g}. Remove the "
-            "randomness, or pass tolerance=float('inf') to skip the comparison."
+            f"The outputs of the model are random: two calls on the same inputs differ by {apart:.2g}. Draw the "
+            "random numbers from a `keras.random.SeedGenerator`, which can start alike in both models, or pass "
+            "tolerance=float('inf') to skip the comparison."
         )
     return (
         "If the model computes in low precision, pass a larger `tolerance`. If its outputs are very small on random "

@@ -114,7 +114,7 @@ class CutGraph:
             )
             for layer, x, mask, output in calls
         ]
-        self._changed = ChangedVariables.of(traced.graph, self._captured)
+        self._changed = ChangedVariables.of(self._definition, self._captured)
         changed = {id(self._captured[handle]) for handle in self._changed.writers}
         self.written = [v for v in traced.variables if id(v.handle) in changed]
         self._number = {_op(cut.output): number for number, cut in enumerate(self.cuts)}
@@ -188,23 +188,25 @@ class CutGraph:
         return [_tensor(name) for name in self._nodes[op].input if not name.startswith("^")]
 
     def _with_updates(self, needed: set[str], known: Container[str], level: int | None) -> set[str]:
-        """Adds the updates of the variables that are read for these tensors."""
-        readers, writers = self._changed
+        """Adds all updates of the variables that are read or changed for these tensors."""
         done: set[str] = set()
-        while handles := {readers[op] for op in map(_op, needed) if op in readers} - done:
+        while handles := self._handles(needed) - done:
             done |= handles
-            for op in (op for handle in handles for op in writers[handle]):
-                sources = self._needed([_tensor(op), *self._sources(op)], known)
-                late = level is not None and self._stages[op] > level
-                if late or not sources.isdisjoint(self._batch):
+            for op in (op for handle in handles for op in self._changed.writers[handle]):
+                if level is not None and self._stages[op] > level:
                     raise ValueError(
                         "The model updates a variable in inference from what it computes after a batch "
                         "normalization layer, and reads it before. So the layers cannot be measured one after the "
                         'other. Pass upstream="batch", or do not update the variable in inference. Received: an '
                         f"update by the operation '{op}'."
                     )
-                needed |= sources
+                needed |= self._needed([_tensor(op), *self._sources(op)], known)
         return needed
+
+    def _handles(self, tensors: Iterable[str]) -> set[str]:
+        """The variables that change among those that are read or changed for these tensors."""
+        users = self._changed.users
+        return {handle for op in map(_op, tensors) if op in users for handle in users[op]}
 
     def _stage(self, tensor: str) -> int:
         return self._stages[_op(tensor)]
@@ -230,12 +232,13 @@ class CutGraph:
     def _stages_from(self, first: Mapping[str, int]) -> dict[str, int]:
         """The stages if each variable that changes is not used before the stage that is given for it."""
         stages = {_op(tensor): 0 for tensor in self._batch}
-        users = self._changed.users()
+        users = self._changed.users
         for op in self._nodes:
             before = [stages[_op(t)] for t in self._sources(op) if _op(t) in stages]
             if op in users:  # Their order matters.
                 order = [i[1:] for i in self._nodes[op].input if i.startswith("^")]
-                before += [first[users[op]], *(stages.get(other, 0) for other in order)]
+                before += [first[handle] for handle in users[op]]
+                before += [stages.get(other, 0) for other in order]
             if op in self._number:
                 stages[op] = 1 + max(before, default=0)
             elif before:
@@ -256,6 +259,9 @@ class CutGraph:
         needed = self._needed([t for cut in self.cuts for t in cut.sources], ())
         for op in {_op(tensor) for tensor in needed}:
             use(self._sources(op), self._stages.get(op, DATA))
+            for handle in self._changed.users.get(op, ()):  # Whoever reads it updates it, too.
+                for writer in self._changed.writers[handle]:
+                    use(self._sources(writer), max(self._stages[op], self._stages[writer]))
         return {tensor: last[tensor] for tensor in sorted(last)}
 
     def _needed(self, targets: Iterable[str], known: Container[str]) -> set[str]:
