@@ -68,3 +68,13 @@ def test_the_advice_tells_random_models_from_imprecise_ones():
 
     noisy = keras.Sequential([keras.Input((3,)), Noise()])
     assert "outputs of the model are random" in compare.advice(noisy, x, 1e-4)
+
+
+def test_the_advice_names_models_that_amplify_rounding():
+    """A small difference of large numbers."""
+    image = keras.Input((3,))
+    shift = keras.layers.Rescaling(1.0, -1e4)
+    model = keras.Model(image, shift(image))
+    x = np.random.default_rng(0).normal(1e4, 1.0, (64, 3)).astype("float32")
+    assert "in the last bit change its outputs by" in compare.advice(model, x, 1e-4)
+    assert "resemble your data" in compare.advice(model, x - 1e4, 1e-4)

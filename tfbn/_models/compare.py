@@ -117,10 +117,26 @@ def advice(model: keras.Model, inputs: Any, tolerance: float) -> str:
             "random numbers from a `keras.random.SeedGenerator`, which can start alike in both models, or pass "
             "tolerance=float('inf') to skip the comparison."
         )
+    nudged = keras.tree.map_structure(_nudged, inputs)
+    rounding = difference(outputs(model, inputs)[0], outputs(model, nudged)[0])
+    if 10 * rounding > tolerance:  # Each layer rounds, so there is more of it than from one.
+        return (
+            f"The model amplifies rounding: inputs that differ in the last bit change its outputs by {rounding:.2g}. "
+            "Pass a larger `tolerance`, or `inputs` that resemble your data."
+        )
     return (
         "If the model computes in low precision, pass a larger `tolerance`. If its outputs are very small on random "
         "inputs, pass `inputs` that resemble your data."
     )
+
+
+def _nudged(x: Any) -> tf.Tensor:
+    """Returns float32 or float64 inputs with their last bit changed, up or down, and others as they are."""
+    x = tf.convert_to_tensor(x)
+    if x.dtype not in (tf.float32, tf.float64):
+        return x
+    towards = np.random.default_rng(0).choice([-np.inf, np.inf], x.shape)
+    return tf.math.nextafter(x, tf.cast(towards, x.dtype))
 
 
 def _as_array(value: Any) -> np.ndarray:

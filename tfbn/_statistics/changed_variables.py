@@ -3,8 +3,6 @@
 from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import tensorflow as tf
-
 WRITES = ("Assign", "ResourceScatter", "ResourceStridedSliceAssign", "Rng")
 """What the types of operations begin with that change a variable, which is their first input."""
 SELECTORS = {"If": 1, "StatelessIf": 1, "Case": 1, "StatelessCase": 1}
