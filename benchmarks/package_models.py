@@ -160,7 +160,7 @@ def _kimm() -> dict[str, Callable[[], Any]]:
             input_shape=SIZE, weights=None, **arguments
         )
 
-    names = ["MobileNetV3W050Small", "GhostNet050", "RepVGGA0", "MobileViTV2W050"]
+    names = ["MobileNetV3W050Small", "GhostNetW050", "RepVGGA0", "MobileViTV2W050"]
     keys = ["BLOCK0_S4", "BLOCK1_S8"]
     features = make("ResNet18", include_top=False, feature_extractor=True, feature_keys=keys)
     return {name: make(name, classes=3) for name in names} | {"ResNet18 features": features}
