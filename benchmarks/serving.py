@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import command_line, environment, results
-from benchmarks.applications import built
+from benchmarks.application_models import built
 from benchmarks.tables import table
 
 NETWORKS = {"MobileNetV2": (8, 1.4), "EfficientNetB0": (8, 1.2), "ResNet50": (4, 1.15)}
