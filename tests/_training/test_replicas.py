@@ -6,8 +6,9 @@ import tensorflow as tf
 
 from layer_runs import error
 from replicas import run_devices
+from scenarios import SCENARIOS
 from tfbn._training.workers import Workers
-from trained import PROGRAM, SCENARIOS, Observed, under
+from trained import PROGRAM, Observed, under
 
 pytestmark = pytest.mark.timeout(300)
 # Half precision rounds each replica's share of a sum.
