@@ -76,6 +76,7 @@ class ArraySource:
         self.seed = seed
         self.steps: int | None = math.ceil(self._size / batch_size)
         self.spec = spec_of(self._arrays)
+        self._gathered = tf.function(self._gather, autograph=False)  # Traced once for all passes.
 
     def start(self, index: int) -> Iterator[Any]:
         """Returns the batches of this pass, gathered ahead of use."""
@@ -83,16 +84,17 @@ class ArraySource:
         if self._shuffle:
             rows = np.random.default_rng((self.seed, index)).permutation(rows)
         with tf.device("CPU:0"):
-            order = tf.constant(rows)
+            batches = self._gathered(tf.constant(rows))
+        return iter(batches.prefetch(AHEAD).with_options(_untuned()))
 
+    def _gather(self, order: tf.Tensor) -> tf.data.Dataset:
         def batch(step: tf.Tensor) -> Any:
             here = order[step * self._batch_size : (step + 1) * self._batch_size]
             return tf.nest.map_structure(
                 lambda array: None if array is None else tf.gather(array, here), self._arrays
             )
 
-        batches = tf.data.Dataset.range(self.steps).map(batch, num_parallel_calls=AHEAD)
-        return iter(batches.prefetch(AHEAD).with_options(_untuned()))
+        return tf.data.Dataset.range(self.steps).map(batch, num_parallel_calls=AHEAD)
 
 
 def _untuned() -> tf.data.Options:
