@@ -35,15 +35,16 @@ def tolerance_for(model: keras.layers.Layer, given: float | None) -> float:
     return max([TOLERANCES[dtype] for dtype in used & set(TOLERANCES)] or [DEFAULT_TOLERANCE])
 
 
-def random_inputs(specs: Any, batch_size: int, unknown: int = 32) -> Any:
+def random_inputs(specs: Any, batch_size: int) -> Any:
     """Draws inputs for a model: normal numbers, or zeros and ones for integers and booleans.
+
+    Open axes other than the first get a size of 32.
 
     The seed is fixed, so every call returns the same inputs.
 
     Args:
         specs: A nested structure with a `shape` and a `dtype` for each input.
         batch_size: The size of the first axis where the shape leaves it open.
-        unknown: The size of every other open axis.
 
     Raises:
         ValueError: If an input is neither numeric nor boolean.
@@ -53,7 +54,7 @@ def random_inputs(specs: Any, batch_size: int, unknown: int = 32) -> Any:
     def draw(spec: Any) -> tf.Tensor:
         dtype = tf.as_dtype(spec.dtype)
         sizes = enumerate(spec.shape)
-        open_sizes = [unknown if axis else batch_size for axis in range(len(spec.shape))]
+        open_sizes = [32 if axis else batch_size for axis in range(len(spec.shape))]
         shape = [open_sizes[axis] if size is None else size for axis, size in sizes]
         if dtype.is_floating:
             return tf.cast(rng.normal(size=shape), dtype)
@@ -75,22 +76,6 @@ def outputs(model: keras.Model, inputs: Any) -> tuple[Any, keras.StatelessScope]
     """
     with isolated_tracing(), keras.StatelessScope() as scope:
         return model(inputs, training=False), scope
-
-
-def outputs_of_both(model: keras.Model, new: keras.Model, inputs: Any) -> tuple[Any, Any]:
-    """Calls a model and its copy. The variables that calls change get the values of the model in the copy."""
-    expected, changed = _outputs_and_changed(model, inputs)
-    actual, changed_too = _outputs_and_changed(new, inputs)
-    if changed and [v.shape for v in changed] == [v.shape for v in changed_too]:
-        for old, copied in zip(changed, changed_too, strict=True):
-            copied.assign(old)
-        actual, _ = outputs(new, inputs)
-    return expected, actual
-
-
-def _outputs_and_changed(model: keras.Model, inputs: Any) -> tuple[Any, list[keras.Variable]]:
-    found, scope = outputs(model, inputs)
-    return found, [v for v in model.variables if scope.get_current_value(v) is not None]
 
 
 def difference(expected: Any, actual: Any) -> float:
@@ -154,7 +139,5 @@ def _difference(expected: np.ndarray, actual: np.ndarray) -> float:
     if not expected.size:
         return 0.0
     largest = float(np.max(np.abs(expected)))
-    apart = float(
-        np.max(np.abs(actual - expected))
-    )  # NaN stays NaN, which exceeds every tolerance.
+    apart = float(np.max(np.abs(actual - expected)))  # NaN stays: it exceeds every tolerance.
     return apart / largest if largest else apart

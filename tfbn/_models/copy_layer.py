@@ -45,14 +45,11 @@ def copy_operation(operation: keras.Operation, **changes: Any) -> keras.Operatio
         ) from error
 
 
-def custom_classes_of(
-    operation: keras.Operation,
-) -> contextlib.AbstractContextManager[Any]:
+def custom_classes_of(operation: keras.Operation) -> contextlib.AbstractContextManager[Any]:
     """While open, Keras finds the unregistered classes of this layer and of the layers inside it."""
     found: dict[str, set[type]] = {}
-    for layer in (
-        walk(operation, inside=layers_inside) if isinstance(operation, keras.Layer) else ()
-    ):
+    inside = walk(operation, inside=layers_inside) if isinstance(operation, keras.Layer) else ()
+    for layer in inside:
         for kind in type(layer).__mro__ if is_custom(layer) else ():
             if issubclass(kind, keras.Layer) and not kind.__module__.startswith("keras."):
                 found.setdefault(keras.saving.get_registered_name(kind), set()).add(kind)
@@ -119,10 +116,10 @@ def build_alike(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
             new.built = True
 
 
-def own_weights(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """The weights of a layer without those of the layers inside it."""
-    inside = {id(weight) for inner in layers_inside(layer) for weight in inner.weights}
-    return [weight for weight in layer.weights if id(weight) not in inside]
+def _own(kind: str, layer: keras.layers.Layer) -> list[keras.Variable]:
+    """The `weights` or the `variables` of a layer without those of the layers inside it."""
+    inside = {id(variable) for inner in layers_inside(layer) for variable in getattr(inner, kind)}
+    return [variable for variable in getattr(layer, kind) if id(variable) not in inside]
 
 
 def check_weights(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
@@ -131,7 +128,7 @@ def check_weights(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
     Raises:
         ValueError: If it does not.
     """
-    shapes = [[tuple(weight.shape) for weight in own_weights(layer)] for layer in (old, new)]
+    shapes = [[tuple(weight.shape) for weight in _own("weights", layer)] for layer in (old, new)]
     if shapes[0] != shapes[1]:
         kind = type(old).__name__
         raise ValueError(
@@ -142,9 +139,10 @@ def check_weights(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
 
 
 def move_weights(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    """Assigns the weights of one layer to those of another, except those of the layers inside them."""
+    """Assigns the weights and random seeds of one layer to another, except those of the layers inside them."""
     copy_path(old, new)
-    for source, target in zip(own_weights(old), own_weights(new), strict=True):
+    # The weights come first. A layer may create its seed in a call.
+    for source, target in zip(_own("variables", old), _own("variables", new), strict=False):
         target.assign(source)
         copy_path(source, target)  # A constructor numbers layers without a name anew.
 
