@@ -16,19 +16,21 @@ segment that reads such a variable also updates it, so that the next batch finds
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import keras
 import tensorflow as tf
 
 from tfbn._layer import arguments
 from tfbn._models.intercept import intercept_calls
 from tfbn._models.walk import BatchNormLayer, name_of
 from tfbn._statistics.changed_variables import ChangedVariables
+from tfbn._statistics.stages import find_stages, op_of
 
 DATA = -1
 """The level before the first: nothing has run, and what crosses the cut is the batch."""
 
 Normalize = Callable[[int, tf.Tensor, tf.Tensor | None], tf.Tensor]
 """Computes the output of the call with this number from its inputs and mask."""
+Call = tuple[BatchNormLayer, tf.Tensor, tf.Tensor | None, tf.Tensor]
+"""A layer, and its inputs, mask and output while the model is traced."""
 
 
 class Cut(NamedTuple):
@@ -64,38 +66,8 @@ class CutGraph:
             built for.
     """
 
-    def __init__(self, layers: Iterable[keras.layers.Layer], run: Callable[[Any], Any], spec: Any):
-        calls: list[tuple[Any, ...]] = []
-        nested: list[tuple[Any, ...]] = []
-
-        def trace(batch: Any) -> None:
-            graph = tf.compat.v1.get_default_graph()
-
-            def record(
-                layer: BatchNormLayer,
-                call: Any,
-                inputs: Any,
-                training: Any = None,
-                mask: Any = None,
-            ) -> tf.Tensor:
-                x = tf.convert_to_tensor(inputs)
-                mask = None if mask is None else tf.convert_to_tensor(mask)
-                output = tf.identity(tf.cast(x, layer.compute_dtype))
-                (calls if output.graph is graph else nested).append((layer, x, mask, output))
-                return output
-
-            with intercept_calls(layers, record):
-                run(batch)
-
-        traced = tf.function(trace, autograph=False).get_concrete_function(spec)
-        if nested:
-            raise ValueError(
-                "A batch normalization layer is called inside of a loop or a branch of the graph "
-                "(tf.while_loop, tf.map_fn, tf.cond, a recurrent layer), where its inputs cannot be "
-                "collected. Unroll the loop (recurrent layers take `unroll=True`), or choose the branch in "
-                'Python. The limit holds for upstream="batch", too. '
-                f"Received: {', '.join(sorted({name_of(layer) for layer, *_ in nested}))}."
-            )
+    def __init__(self, layers: Iterable[BatchNormLayer], run: Callable[[Any], Any], spec: Any):
+        traced, calls = _trace(layers, run, spec)
         self._graph = traced.graph
         self._definition = traced.graph.as_graph_def()
         self._nodes = {node.name: node for node in self._definition.node}
@@ -105,21 +77,24 @@ class CutGraph:
         self._batch = inputs[: len(inputs) - len(captured)]
         self._captured = dict(zip(inputs[len(self._batch) :], captured, strict=True))
         self.cuts = [
-            Cut(
-                layer,
-                _axes(layer, x),
-                x.name,
-                None if mask is None else mask.name,
-                output.name,
-            )
+            Cut(layer, _axes(layer, x), x.name, mask if mask is None else mask.name, output.name)
             for layer, x, mask, output in calls
         ]
+        self._number = {op_of(cut.output): number for number, cut in enumerate(self.cuts)}
+        self._inputs = {
+            name: [_tensor(i) for i in node.input if not i.startswith("^")]
+            for name, node in self._nodes.items()
+        }
+        self._inputs |= {op_of(cut.output): cut.sources for cut in self.cuts}
         self._changed = ChangedVariables.of(self._definition, self._captured)
         changed = {id(self._captured[handle]) for handle in self._changed.writers}
         self.written = [v for v in traced.variables if id(v.handle) in changed]
-        self._number = {_op(cut.output): number for number, cut in enumerate(self.cuts)}
-        self._stages = self._find_stages()
-        self.levels = [self._stages[_op(cut.output)] - 1 for cut in self.cuts]
+        order = {
+            op: [i[1:] for i in self._nodes[op].input if i.startswith("^")]
+            for op in self._changed.users
+        }
+        self._stages = find_stages(self._inputs, order, self._batch, self._number, self._changed)
+        self.levels = [self._stages[op_of(cut.output)] - 1 for cut in self.cuts]
         self._last_use = self._find_last_uses()
 
     def crossing(self, level: int) -> list[str]:
@@ -158,7 +133,7 @@ class CutGraph:
         """
         values = dict(known)
         needed = self._with_updates(self._needed(targets, values), values, level)
-        ops = {_op(tensor) for tensor in needed}
+        ops = {op_of(tensor) for tensor in needed}
         segments: dict[int, list[str]] = {}
         for op in self._nodes:  # In the order of the graph.
             if op in ops:
@@ -181,12 +156,6 @@ class CutGraph:
         x.set_shape(self.spec(cut.inputs).shape)  # Not all of it can be inferred again.
         return x, None if cut.mask is None else arguments.fitted_mask(values[cut.mask], x)
 
-    def _sources(self, op: str) -> list[str]:
-        """The tensors that an operation reads."""
-        if op in self._number:
-            return self.cuts[self._number[op]].sources
-        return [_tensor(name) for name in self._nodes[op].input if not name.startswith("^")]
-
     def _with_updates(self, needed: set[str], known: Container[str], level: int | None) -> set[str]:
         """Adds all updates of the variables that are read or changed for these tensors."""
         done: set[str] = set()
@@ -200,50 +169,16 @@ class CutGraph:
                         'other. Pass upstream="batch", or do not update the variable in inference. Received: an '
                         f"update by the operation '{op}'."
                     )
-                needed |= self._needed([_tensor(op), *self._sources(op)], known)
+                needed |= self._needed([_tensor(op), *self._inputs[op]], known)
         return needed
 
     def _handles(self, tensors: Iterable[str]) -> set[str]:
         """The variables that change among those that are read or changed for these tensors."""
         users = self._changed.users
-        return {handle for op in map(_op, tensors) if op in users for handle in users[op]}
+        return {handle for op in map(op_of, tensors) if op in users for handle in users[op]}
 
     def _stage(self, tensor: str) -> int:
-        return self._stages[_op(tensor)]
-
-    def _find_stages(self) -> dict[str, int]:
-        """When each operation can run first: stage 0 needs the data alone, stage n outputs of level n-1.
-
-        What does not depend on the data has no stage, but for the uses of variables that change. A variable is
-        read in the stage in which it is updated, if that is possible.
-        """
-        writers = self._changed.writers
-        first: dict[str, int] = dict.fromkeys(writers, 0)
-
-        def last_update(handle: str, stages: Mapping[str, int]) -> int:
-            return max(stages[op] for op in writers[handle])
-
-        stages = self._stages_from(first)
-        first = {handle: last_update(handle, stages) for handle in writers}
-        stages = self._stages_from(first)
-        late = [handle for handle in writers if last_update(handle, stages) > first[handle]]
-        return self._stages_from({**first, **dict.fromkeys(late, 0)}) if late else stages
-
-    def _stages_from(self, first: Mapping[str, int]) -> dict[str, int]:
-        """The stages if each variable that changes is not used before the stage that is given for it."""
-        stages = {_op(tensor): 0 for tensor in self._batch}
-        users = self._changed.users
-        for op in self._nodes:
-            before = [stages[_op(t)] for t in self._sources(op) if _op(t) in stages]
-            if op in users:  # Their order matters.
-                order = [i[1:] for i in self._nodes[op].input if i.startswith("^")]
-                before += [first[handle] for handle in users[op]]
-                before += [stages.get(other, 0) for other in order]
-            if op in self._number:
-                stages[op] = 1 + max(before, default=0)
-            elif before:
-                stages[op] = max(before)
-        return stages
+        return self._stages[op_of(tensor)]
 
     def _find_last_uses(self) -> dict[str, int]:
         """The last stage in which each tensor is used, for those that some call depends on."""
@@ -251,17 +186,17 @@ class CutGraph:
 
         def use(tensors: Iterable[str], stage: int) -> None:
             for tensor in tensors:
-                if _op(tensor) in self._stages:
+                if op_of(tensor) in self._stages:
                     last[tensor] = max(last.get(tensor, stage), stage)
 
         for cut, level in zip(self.cuts, self.levels, strict=True):
             use(cut.sources, level)
         needed = self._needed([t for cut in self.cuts for t in cut.sources], ())
-        for op in {_op(tensor) for tensor in needed}:
-            use(self._sources(op), self._stages.get(op, DATA))
-            for handle in self._changed.users.get(op, ()):  # Whoever reads it updates it, too.
+        for op in {op_of(tensor) for tensor in needed}:
+            use(self._inputs[op], self._stages.get(op, DATA))
+            for handle in self._changed.users.get(op, ()):  # Whatever reads it updates it, too.
                 for writer in self._changed.writers[handle]:
-                    use(self._sources(writer), max(self._stages[op], self._stages[writer]))
+                    use(self._inputs[writer], max(self._stages[op], self._stages[writer]))
         return {tensor: last[tensor] for tensor in sorted(last)}
 
     def _needed(self, targets: Iterable[str], known: Container[str]) -> set[str]:
@@ -272,7 +207,7 @@ class CutGraph:
             tensor = waiting.pop()
             if tensor not in needed and tensor not in known:
                 needed.add(tensor)
-                waiting += self._sources(_op(tensor))
+                waiting += self._inputs[op_of(tensor)]
         return needed
 
     def _import(
@@ -291,17 +226,50 @@ class CutGraph:
         for op in copied:
             node = part.node.add()
             node.CopyFrom(self._nodes[op])
-            node.attr.pop(
-                "_class", None
-            )  # It may be colocated with an operation of another segment.
-            feeds |= {t: values[t] for t in self._sources(op) if _op(t) not in copied}
+            # It may be colocated with an operation of another segment.
+            node.attr.pop("_class", None)
+            feeds |= {t: values[t] for t in self._inputs[op] if op_of(t) not in copied}
             # Control edges order side effects, and a segment runs only what its outputs need.
             edges = [i for i in node.input if not i.startswith("^") or i[1:] in copied]
             node.ClearField("input")
             node.input.extend(edges)
-        outputs = [t for t in needed if _op(t) in copied and self._outputs[_op(t)]]
+        outputs = [t for t in needed if op_of(t) in copied and self._outputs[op_of(t)]]
         found = tf.graph_util.import_graph_def(part, feeds, return_elements=outputs, name="")
         values |= zip(outputs, found, strict=True)
+
+
+def _trace(
+    layers: Iterable[BatchNormLayer], run: Callable[[Any], Any], spec: Any
+) -> tuple[Any, list[Call]]:
+    """Traces the model with the outputs of the layers left open. Returns the function, and the layers' calls."""
+    calls: list[Call] = []
+    nested: list[Call] = []
+
+    def trace(batch: Any) -> None:
+        graph = tf.compat.v1.get_default_graph()
+
+        def record(
+            layer: BatchNormLayer, call: Any, inputs: Any, training: Any = None, mask: Any = None
+        ) -> tf.Tensor:
+            x = tf.convert_to_tensor(inputs)
+            mask = None if mask is None else tf.convert_to_tensor(mask)
+            output = tf.identity(tf.cast(x, layer.compute_dtype))
+            (calls if output.graph is graph else nested).append((layer, x, mask, output))
+            return output
+
+        with intercept_calls(layers, record):
+            run(batch)
+
+    traced = tf.function(trace, autograph=False).get_concrete_function(spec)
+    if nested:
+        raise ValueError(
+            "A batch normalization layer is called inside of a loop or a branch of the graph "
+            "(tf.while_loop, tf.map_fn, tf.cond, a recurrent layer), where its inputs cannot be "
+            "collected. Unroll the loop (recurrent layers take `unroll=True`), or choose the branch in "
+            'Python. The limit holds for upstream="batch", too. '
+            f"Received: {', '.join(sorted({name_of(layer) for layer, *_ in nested}))}."
+        )
+    return traced, calls
 
 
 def _axes(layer: BatchNormLayer, x: tf.Tensor) -> Sequence[int]:
@@ -315,10 +283,6 @@ def _axes(layer: BatchNormLayer, x: tf.Tensor) -> Sequence[int]:
             f"shape {tuple(layer.moving_mean.shape)}, inputs of shape {tuple(x.shape)}."
         )
     return axes
-
-
-def _op(tensor: str) -> str:
-    return tensor.split(":")[0]
 
 
 def _tensor(name: str) -> str:
