@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -15,10 +15,8 @@ from tfbn._models.walk import (
     name_of,
     statistics_are_frozen,
 )
-from tfbn._support import html, tables
-from tfbn._support.reports import Report, count, plain
-
-HEADER = ("layer", "package", "state", "channels", "moving mean", "moving variance", "γ")
+from tfbn._support import html
+from tfbn._support.reports import TableReport, count
 
 
 @dataclass(frozen=True)
@@ -70,13 +68,15 @@ class LayerSummary:
 
 
 @dataclass(frozen=True)
-class Inspection(Report):
+class Inspection(TableReport):
     """A summary of a model's batch normalization layers. It prints as a table.
 
     Attributes:
         model: The name of the model.
         layers: A `LayerSummary` of each layer, in order of definition.
     """
+
+    _header = ("layer", "package", "state", "channels", "moving mean", "moving variance", "γ")
 
     model: str
     layers: tuple[LayerSummary, ...]
@@ -93,18 +93,6 @@ class Inspection(Report):
         """
         return cls(model.name, tuple(LayerSummary.of(layer) for layer in batch_norm_layers(model)))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the report in plain types that JSON can represent. Numbers that are not finite become None."""
-        return plain(asdict(self))
-
-    def to_markdown(self) -> str:
-        """Returns the report as Markdown."""
-        table = tables.markdown(HEADER, self._rows())
-        return f"{self._title()}\n\n{table}" if self.layers else self._title()
-
-    def __str__(self) -> str:
-        return tables.text(self._title(), HEADER, self._rows()) if self.layers else self._title()
-
     def _page(self) -> tuple[str, list[str]]:
         states = [layer.state for layer in self.layers]
         legend = sorted(set(states), key=lambda state: ("updated" not in state, "not" in state))
@@ -112,7 +100,7 @@ class Inspection(Report):
         bars = {3: [float(layer.channels) for layer in self.layers]}
         numeric = [False, False, False, True, True, True, True]
         parts = [html.squares(states, names, legend)] if 0 < len(legend) <= 4 else []
-        return self._title(), [*parts, html.table(HEADER, self._rows(), numeric, bars)]
+        return self._title(), [*parts, html.table(self._header, self._rows(), numeric, bars)]
 
     def _title(self) -> str:
         return f"{self.model}: {count(len(self.layers), 'batch normalization layer')}"

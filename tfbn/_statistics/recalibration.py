@@ -2,13 +2,10 @@
 
 import dataclasses
 import math
-from typing import Any
 
 from tfbn._statistics.measure import CacheUse
-from tfbn._support import html, tables
-from tfbn._support.reports import Report, count, plain
-
-HEADER = ("layer", "outcome", "calls", "values", "mean moved by", "variance times")
+from tfbn._support import html
+from tfbn._support.reports import TableReport, count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +36,7 @@ class LayerChange:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recalibration(Report):
+class Recalibration(TableReport):
     """What `tfbn.recalibrate` did. It prints as a table.
 
     Attributes:
@@ -58,6 +55,8 @@ class Recalibration(Report):
         >>> result.to_html("recalibration.html")
     """
 
+    _header = ("layer", "outcome", "calls", "values", "mean moved by", "variance times")
+
     upstream: str
     levels: int
     passes: int
@@ -65,17 +64,6 @@ class Recalibration(Report):
     examples: int
     cache: CacheUse
     layers: tuple[LayerChange, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the report in plain types that JSON can represent. Numbers that are not finite become None."""
-        return plain(dataclasses.asdict(self))
-
-    def to_markdown(self) -> str:
-        """Returns the report as Markdown."""
-        return f"{self._title()}\n\n{tables.markdown(HEADER, self._rows())}"
-
-    def __str__(self) -> str:
-        return tables.text(self._title(), HEADER, self._rows())
 
     def _page(self) -> tuple[str, list[str]]:
         bars = {
@@ -86,7 +74,7 @@ class Recalibration(Report):
         numeric = [False, False, True, True, True, True]
         parts = [
             html.paragraph(self._title() + ".", "soft"),
-            html.table(HEADER, self._rows(), numeric, bars),
+            html.table(self._header, self._rows(), numeric, bars),
             html.paragraph(note, "soft"),
         ]
         return "Recalibration", parts

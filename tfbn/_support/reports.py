@@ -1,11 +1,12 @@
 """What every report of a tool has in common: text, Markdown, a notebook cell, and JSON."""
 
+import dataclasses
 import math
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-from tfbn._support import html
+from tfbn._support import html, tables
 
 
 class Report:
@@ -37,6 +38,33 @@ class Report:
 
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
+
+
+class TableReport(Report):
+    """A dataclass that shows itself as a title and a table. A subclass defines what stands in them, and `_page`."""
+
+    _header: ClassVar[Sequence[str]]
+
+    def _title(self) -> str:
+        raise NotImplementedError
+
+    def _rows(self) -> list[list[str]]:
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report in plain types that JSON can represent. Numbers that are not finite become None."""
+        return plain(dataclasses.asdict(self))  # type: ignore[call-overload]
+
+    def to_markdown(self) -> str:
+        """Returns the report as Markdown."""
+        rows = self._rows()
+        return "\n\n".join(
+            [self._title(), *([tables.markdown(self._header, rows)] if rows else ())]
+        )
+
+    def __str__(self) -> str:
+        rows = self._rows()
+        return tables.text(self._title(), self._header, rows) if rows else self._title()
 
 
 def plain(value: Any) -> Any:

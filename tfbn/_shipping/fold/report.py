@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from tfbn._support import html, tables
-from tfbn._support.reports import Report, plain
+from tfbn._support import html
+from tfbn._support.reports import TableReport, plain
 
 
 class Outcome(enum.StrEnum):
@@ -50,7 +50,7 @@ class FoldedCall:
 
 
 @dataclass(frozen=True)
-class FoldReport(Report):
+class FoldReport(TableReport):
     """What became of each batch normalization layer, and the difference it makes to the outputs.
 
     `tfbn.fold` stores one in the attribute `report` of the model that it returns. `print(report)` shows a table, and
@@ -72,7 +72,8 @@ class FoldReport(Report):
         ()
     """
 
-    _title: ClassVar[str] = "Folded batch normalization"
+    _heading: ClassVar[str] = "Folded batch normalization"
+    _header = ("layer", "outcome", "into, or why not")
     _outcomes: ClassVar[type[enum.StrEnum]] = Outcome
 
     rows: tuple[FoldedCall, ...]
@@ -97,10 +98,6 @@ class FoldReport(Report):
             }
         )
 
-    def to_markdown(self) -> str:
-        """Returns the summary and the table as Markdown."""
-        return f"{self.summary()}\n\n{tables.markdown(_HEADER, self._cells())}\n"
-
     def _page(self) -> tuple[str, list[str]]:
         kinds = [row.outcome.value for row in self.rows]
         titles = [f"{row.path}: {row.into or row.reason or row.outcome.value}" for row in self.rows]
@@ -109,9 +106,9 @@ class FoldReport(Report):
             html.paragraph(self.summary()),
             html.squares(kinds, titles, [outcome.value for outcome in self._outcomes]),
             html.heading("Layers, in order"),
-            html.table(_HEADER, self._cells(), [False] * 3, marked=left),
+            html.table(self._header, self._rows(), [False] * 3, marked=left),
         ]
-        return self._title, parts
+        return self._heading, parts
 
     def summary(self) -> str:
         """Returns how many calls had which outcome, and the difference, in a sentence."""
@@ -127,11 +124,8 @@ class FoldReport(Report):
             text += f" Shared with the original model: {', '.join(self.shared)}."
         return text
 
-    def __str__(self) -> str:
-        return tables.text(self.summary(), _HEADER, self._cells())
+    def _title(self) -> str:
+        return self.summary()
 
-    def _cells(self) -> list[list[str]]:
+    def _rows(self) -> list[list[str]]:
         return [[row.path, row.outcome.value, row.into or row.reason or ""] for row in self.rows]
-
-
-_HEADER = ["layer", "outcome", "into, or why not"]

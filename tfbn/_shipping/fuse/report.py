@@ -31,7 +31,7 @@ class FuseReport(FoldReport):
         ()
     """
 
-    _title: ClassVar[str] = "Fused batch normalization"
+    _heading: ClassVar[str] = "Fused batch normalization"
     _outcomes: ClassVar[type[enum.StrEnum]] = Outcome
 
     @property
