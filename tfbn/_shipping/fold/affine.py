@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tfbn._layer.arguments import resolved_axes
 from tfbn._models.walk import BatchNormLayer
 
 
@@ -82,8 +83,7 @@ def of_batch_norm(layer: BatchNormLayer, rank: int) -> Affine:
         layer: A built layer of Keras's class or ours.
         rank: The rank of its input.
     """
-    axes = [layer.axis] if isinstance(layer.axis, int) else layer.axis
-    axes = sorted(axis % rank for axis in axes)
+    axes = resolved_axes(layer.axis, [None] * rank)
 
     def values(weight: Any, default: float) -> np.ndarray:
         array = np.asarray(default if weight is None else weight.numpy(), np.float64)

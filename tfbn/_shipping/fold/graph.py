@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from tfbn._shipping.fold.absorb import Weights
-from tfbn._shipping.fold.affine import Affine
+from tfbn._shipping.fold.affine import Affine, CannotFold
 
 
 @dataclass(eq=False)
@@ -50,6 +50,12 @@ class Call:
         """The argument that the layer transforms; others are masks or flags."""
         return self.args[0] if self.args else self.kwargs["inputs"]
 
+    @property
+    def reason_inside(self) -> str:
+        """Why the layers inside this one stay as they are."""
+        why = f": {self.kept_whole}" if self.kept_whole else ""
+        return f"it is inside {self}, which is kept whole{why}"
+
     def replace_inputs(self, replacement: Callable[[Any], Any]) -> None:
         """Replaces each argument by what a function returns for it."""
         self.args = keras.tree.map_structure(replacement, self.args)
@@ -84,6 +90,22 @@ class Graph:
     def consumers(self, tensor: Any) -> list[Call]:
         """Returns the calls that take a tensor; a call that takes it twice comes twice."""
         return self._consumers.get(id(tensor), [])
+
+    def only_producer(self, tensor: Any) -> Call:
+        """Returns the call that produces a tensor, if one other call takes the tensor and nothing else does.
+
+        Raises:
+            CannotFold: Otherwise.
+        """
+        call = self.producer(tensor)
+        if call is None:
+            raise CannotFold("its input is an input of the model")
+        if self.is_output(tensor):
+            raise CannotFold(f"the model also outputs {call}")
+        consumers = self.consumers(tensor)
+        if len(consumers) > 1:
+            raise CannotFold(f"{call} feeds {len(consumers)} layers")
+        return call
 
     def is_output(self, tensor: Any) -> bool:
         """Whether the model outputs the tensor."""

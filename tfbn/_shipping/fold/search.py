@@ -33,10 +33,8 @@ def fold_graph(graph: Graph) -> list[FoldedCall]:
             rows.append(_fold_one(graph, call))
         elif isinstance(call.operation, keras.layers.Layer):
             within = (*call.within, call.name)
-            why = f": {call.kept_whole}" if call.kept_whole else ""
-            reason = f"it is inside {call}, which is kept whole{why}"
             rows += [
-                FoldedCall(layer.name, within, Outcome.UNCHANGED, None, reason)
+                FoldedCall(layer.name, within, Outcome.UNCHANGED, None, call.reason_inside)
                 for layer in batch_norm_layers(call.operation)
             ]
     return rows
@@ -99,14 +97,7 @@ class _Search:
 
     def into_preceding(self, tensor: Any, affine: Affine) -> Plan:
         """Finds what can absorb a map of a tensor before the tensor is computed."""
-        call = self._graph.producer(tensor)
-        if call is None:
-            raise CannotFold("its input is an input of the model")
-        if self._graph.is_output(tensor):
-            raise CannotFold(f"the model also outputs {call}")
-        consumers = self._graph.consumers(tensor)
-        if len(consumers) > 1:
-            raise CannotFold(f"{call} feeds {len(consumers)} layers")
+        call = self._graph.only_producer(tensor)
         self._require_same_dtype(call)
         if call.affine is not None:
             return [(call, affine.after(call.affine))]

@@ -197,9 +197,8 @@ def _graph_of(model: keras.Model) -> Graph:
         return outputs
 
     inputs = keras.tree.map_structure(lambda x: input_like(model, x), model.input)
-    plain = keras.Model(
-        model.input, model.output
-    )  # Keras clones a model by its class's constructor.
+    # Keras clones a model by its class's constructor.
+    plain = keras.Model(model.input, model.output)
     walked = keras.models.clone_model(
         plain, input_tensors=inputs, clone_function=lambda layer: layer, call_function=record
     )

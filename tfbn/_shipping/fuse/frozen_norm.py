@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from tfbn._layer.affine_weights import affine_weights
+from tfbn._layer.arguments import resolved_axes
 from tfbn._models.fused_part import FusedPart
 from tfbn._models.walk import BatchNormLayer
 from tfbn._moments.moments import statistics_dtype
@@ -40,8 +41,7 @@ class FrozenNorm(FusedPart):
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> tf.Tensor:
         x, layer = tf.convert_to_tensor(inputs), self.norm
-        axes = [layer.axis] if isinstance(layer.axis, int) else layer.axis
-        over = Normalization(sorted(axis % len(x.shape) for axis in axes), layer.epsilon)
+        over = Normalization(resolved_axes(layer.axis, x.shape), layer.epsilon)
         dtype = statistics_dtype(x.dtype)
         mean, variance = (tf.cast(w, dtype) for w in (layer.moving_mean, layer.moving_variance))
         gamma, beta = affine_weights(layer, dtype)

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from tfbn._models import compare
-from tfbn._models.functional import without_compilation
+from tfbn._models.compilation import without_compilation
 from tfbn._models.fused_part import fused_parts, require_unfused
 from tfbn._models.rebuild import rebuild
 from tfbn._models.recorded import record_batch_norms

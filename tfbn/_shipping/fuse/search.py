@@ -41,11 +41,9 @@ def search(graph: Graph) -> list[Found]:
         if norm is not None:
             found.setdefault(id(norm), _search_one(graph, norm, call.within))
         elif isinstance(call.operation, keras.layers.Layer):
-            why = f": {call.kept_whole}" if call.kept_whole else ""
-            reason = f"it is inside {call}, which is kept whole{why}"
+            within = (*call.within, call.name)
             for inner in batch_norm_layers(call.operation):
-                within = (*call.within, call.name)
-                row = Found(inner, within, Outcome.FROZEN, reason=reason)
+                row = Found(inner, within, Outcome.FROZEN, reason=call.reason_inside)
                 found.setdefault(id(inner), row)
     return list(found.values())
 
@@ -82,14 +80,7 @@ def _producer(graph: Graph, call: Call) -> Call:
     """Returns the call of a linear layer whose output goes to this call only."""
     if is_timed(call):
         raise CannotFold(f"it is inside {call}")
-    producer = graph.producer(call.source)
-    if producer is None:
-        raise CannotFold("its input is an input of the model")
-    if graph.is_output(call.source):
-        raise CannotFold(f"the model also outputs {producer}")
-    consumers = graph.consumers(call.source)
-    if len(consumers) > 1:
-        raise CannotFold(f"{producer} feeds {len(consumers)} layers")
+    producer = graph.only_producer(call.source)
     rule = LINEAR.get(type(producer.operation))
     if rule is None:
         raise CannotFold(f"{producer} is not linear")
