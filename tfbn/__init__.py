@@ -21,6 +21,7 @@ from tfbn._statistics.diagnose.report import Diagnosis
 from tfbn._statistics.freeze import freeze, unfreeze
 from tfbn._statistics.layer_call import NotFiniteError
 from tfbn._statistics.monitor.monitor import StatisticsMonitor
+from tfbn._statistics.monitor.record import LayerRecord
 from tfbn._statistics.pause import pause_statistics
 from tfbn._statistics.recalibrate import RecalibrateAfterTraining, recalibrate
 from tfbn._statistics.recalibration import LayerChange, Recalibration
@@ -39,6 +40,7 @@ __all__ = [
     "FuseReport",
     "LayerChange",
     "LayerEvidence",
+    "LayerRecord",
     "Moments",
     "NotFiniteError",
     "RecalibrateAfterTraining",

@@ -202,7 +202,7 @@ def test_there_and_back_again_is_the_identity(make):
 
 
 def walked(*models: keras.Model) -> list[tuple[keras.layers.Layer, ...]]:
-    return list(zip(*(walk(model, set()) for model in models), strict=True))
+    return list(zip(*(walk(model) for model in models), strict=True))
 
 
 def test_shared_layers_stay_shared():

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfbn import StatisticsNotUpdatedError, TrainingLoop
 from tfbn._layer.batch_normalization import BatchNormalization
-from tfbn._training.guard import learns_statistics
+from tfbn._models.walk import learns_statistics
 
 KINDS = [keras.layers.BatchNormalization, BatchNormalization]
 STRATEGIES = {"none": None, "one device": tf.distribute.OneDeviceStrategy("CPU:0")}

@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,7 @@ def convert(options: argparse.Namespace) -> int:
 
 def fuse(options: argparse.Namespace) -> int:
     """Fuses batch normalization with the layers before it."""
-    files.require_output(options.output, options.overwrite)
-    model = fuse_model(
-        _load(options), _inputs(options), tolerance=options.tolerance, verbose=_verbose(options)
-    )
-    return _finish(options, model, model.report)
+    return _compared(options, fuse_model)
 
 
 def unfuse(options: argparse.Namespace) -> int:
@@ -98,11 +95,7 @@ def unfuse(options: argparse.Namespace) -> int:
 
 def fold(options: argparse.Namespace) -> int:
     """Folds batch normalization into the adjacent layers."""
-    files.require_output(options.output, options.overwrite)
-    model = fold_model(
-        _load(options), _inputs(options), tolerance=options.tolerance, verbose=_verbose(options)
-    )
-    return _finish(options, model, model.report)
+    return _compared(options, fold_model)
 
 
 def export(options: argparse.Namespace) -> int:
@@ -160,6 +153,15 @@ def _finish(options: argparse.Namespace, model: keras.Model, report: Report) -> 
     files.save_model(model, options.output, safe_mode=options.safe_mode)
     _print(options, report, f"{report}\nwritten: {options.output}")
     return HEALTHY
+
+
+def _compared(options: argparse.Namespace, tool: Callable[..., keras.Model]) -> int:
+    """Runs a tool that compares outputs and leaves a report in the new model."""
+    files.require_output(options.output, options.overwrite)
+    model = tool(
+        _load(options), _inputs(options), tolerance=options.tolerance, verbose=_verbose(options)
+    )
+    return _finish(options, model, model.report)
 
 
 def _inputs(options: argparse.Namespace) -> Any:

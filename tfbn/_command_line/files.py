@@ -46,9 +46,7 @@ def load_model(path: Path, *, compiled: bool = False, safe_mode: bool = True) ->
             reason = first_line(error)
     try:
         model = keras.models.load_model(path, compile=False, safe_mode=safe_mode)
-    except (
-        Exception
-    ) as error:  # Readers of zip, JSON and HDF5, and custom classes can raise anything.
+    except Exception as error:  # Readers of zip, JSON and HDF5, and custom classes raise anything.
         raise CommandError(
             f"Keras cannot load the model. Received: {path}, {first_line(error)} "
             "If the model has custom classes, name the module that registers them: --import MODULE. If it has "

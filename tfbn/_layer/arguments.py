@@ -16,8 +16,7 @@ def checked_axis(axis: Any) -> int | list[int]:
     axes = list(axis) if isinstance(axis, Sequence) and not isinstance(axis, str) else [axis]
     if not axes or not all(is_integer(a) for a in axes):
         raise TypeError(
-            "`axis` must be an integer or a non-empty list of integers: the axes that hold the "
-            "channels. "
+            "`axis` must be an integer or a non-empty list of integers: the axes that hold the channels. "
             f"Received: axis={axis!r}"
         )
     axes = [int(a) for a in axes]
@@ -58,22 +57,16 @@ def checked_virtual_batch_size(size: Any, renorm: bool, synchronized: bool) -> i
         return None
     if not is_integer(size):
         raise TypeError(
-            "`virtual_batch_size` must be an integer, the number of examples that share their "
-            "statistics, "
+            "`virtual_batch_size` must be an integer, the number of examples that share their statistics, "
             f"or None. Received: virtual_batch_size={size!r}"
         )
     if size < 1:
         raise ValueError(
             f"`virtual_batch_size` must be at least 1. Received: virtual_batch_size={size!r}"
         )
-    for name, value, why in (
-        (
-            "synchronized",
-            synchronized,
-            "merges the examples of all replicas, and virtual batches separate them",
-        ),
-        ("renorm", renorm, "removes the noise of small batches, and virtual batches add it"),
-    ):
+    merges = "merges the examples of all replicas, and virtual batches separate them"
+    smooths = "removes the noise of small batches, and virtual batches add it"
+    for name, value, why in (("synchronized", synchronized, merges), ("renorm", renorm, smooths)):
         if value:
             raise ValueError(
                 f"`virtual_batch_size` and `{name}=True` contradict each other: `{name}` {why}. "
@@ -170,13 +163,12 @@ def check_input(inputs: Any, name: str) -> None:
     else:
         kind = None
     if kind is not None:
-        cure = (
-            "`inputs.to_tensor()` and a mask"
-            if kind == "ragged"
-            else "`tf.sparse.to_dense(inputs)`"
-        )
+        to_dense = {
+            "ragged": "`inputs.to_tensor()` and a mask",
+            "sparse": "`tf.sparse.to_dense(inputs)`",
+        }
         raise TypeError(
-            f"Batch normalization takes dense tensors; pass {cure} instead. "
+            f"Batch normalization takes dense tensors; pass {to_dense[kind]} instead. "
             f"Received: a {kind} tensor for layer {name!r}"
         )
     shape = getattr(inputs, "shape", None)
@@ -206,9 +198,8 @@ def check_built_for(
     for axis, size in zip(axes, channels, strict=True):
         if shape[axis] not in (None, size):
             raise ValueError(
-                f"Layer {name!r} was built for {size} channels on axis {axis}; use a new layer "
-                "for another number of "
-                f"channels, or check the layer before it. Received: {shape[axis]} channels, "
+                f"Layer {name!r} was built for {size} channels on axis {axis}; use a new layer for another "
+                f"number of channels, or check the layer before it. Received: {shape[axis]} channels, "
                 f"an input of shape {tuple(shape)}"
             )
 
@@ -239,9 +230,8 @@ def fitted_mask(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     if missing:
         mask = tf.reshape(mask, tf.concat([tf.shape(mask), [1] * missing], 0))
         mask = tf.ensure_shape(mask, shape)
-    if (
-        None in shape
-    ):  # An unknown size may be 1, and the code that counts values needs the real one.
+    # An unknown size may be 1, and the code that counts values needs the real one.
+    if None in shape:
         sizes = [tf.shape(x)[i] if size is None else size for i, size in enumerate(shape)]
         mask = tf.broadcast_to(mask, sizes)
     return mask

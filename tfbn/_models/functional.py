@@ -1,9 +1,7 @@
 """The inputs and outputs of a model, as its Keras graph or its build config records them."""
 
-import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -124,16 +122,3 @@ def input_like(model: keras.Model, tensor: keras.KerasTensor) -> keras.KerasTens
         name=layer.name,
         optional=layer.optional,
     )
-
-
-@contextlib.contextmanager
-def without_compilation(model: keras.Model) -> Iterator[None]:
-    """While open, the model claims not to be compiled.
-
-    Otherwise `keras.models.clone_model` compiles the clone and fails on losses that it cannot serialize.
-    """
-    compiled, model.compiled = model.compiled, False
-    try:
-        yield
-    finally:
-        model.compiled = compiled

@@ -89,3 +89,21 @@ def isolated_tracing() -> Iterator[None]:
     """
     with _functions_run_eagerly, without_gradients():
         yield
+
+
+def traced_once(step: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """Compiles a function of a batch, once for each kind of batch, without leaving anything behind.
+
+    Returns:
+        A function of a batch and its nested `tf.TypeSpec`.
+    """
+    compiled: dict[Any, Any] = {}
+
+    def run(batch: Any, spec: Any) -> Any:
+        key = tuple(tf.nest.flatten(spec))
+        if key not in compiled:
+            with isolated_tracing():
+                compiled[key] = tf.function(step, autograph=False).get_concrete_function(spec)
+        return compiled[key](batch)
+
+    return run

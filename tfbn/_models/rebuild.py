@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 
+from tfbn._models.compilation import compile_alike, without_compilation
 from tfbn._models.copy_layer import (
     build_alike,
     check_weights,
@@ -23,7 +24,6 @@ from tfbn._models.functional import (
     is_functional,
     match_graph,
     with_class_of,
-    without_compilation,
 )
 from tfbn._models.recorded import record_batch_norms
 from tfbn._models.replace_layers import swap_children
@@ -55,7 +55,7 @@ def rebuild(
     copies.warn()
     record_batch_norms(new)
     if isinstance(model, keras.Model) and model.compiled:
-        _compile_alike(model, new)
+        compile_alike(model, new)
     return new
 
 
@@ -239,32 +239,6 @@ class Copies:
         if inside and layer.weights:
             self._shared.append(error)
         return layer
-
-
-def _compile_alike(old: keras.Model, new: keras.Model) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Keras warns that a lambda cannot be saved.
-            config = old.get_compile_config()
-            if type(new).compile_from_config is not keras.Model.compile_from_config:
-                new.compile_from_config(config)
-            elif not new.compiled or new.get_compile_config() != config:
-                # Keras's `compile_from_config` skips classes with their own `compile`.
-                new.compile(**keras.saving.deserialize_keras_object(config))
-    except Exception as error:  # A custom loss or metric can raise anything.
-        warnings.warn(
-            f"Cannot compile the copy of the model '{old.name}' from its compile config. "
-            f"Received: {first_line(error)} "
-            "Compile the copy with the arguments that you passed to `compile`.",
-            stacklevel=4,
-        )
-        return
-    if getattr(old.optimizer, "built", False):
-        new.optimizer.build(new.trainable_variables)
-        variables = [model.optimizer.variables for model in (old, new)]
-        if [v.shape for v in variables[0]] == [v.shape for v in variables[1]]:
-            for source, target in zip(*variables, strict=True):
-                target.assign(source)
 
 
 def _parents_first(layers: Iterable[keras.layers.Layer]) -> list[keras.layers.Layer]:

@@ -19,7 +19,7 @@ from tfbn._models.copy_layer import custom_classes_of
 from tfbn._models.functional import clones_graph, is_custom
 from tfbn._models.fused_part import FusedPart
 from tfbn._models.replace_layers import replace_inside
-from tfbn._models.walk import BATCH_NORM_CLASSES, BatchNormLayer, layers_inside, walk
+from tfbn._models.walk import BATCH_NORM_CLASSES, batch_norm_layers, layers_inside, walk
 
 KEY = "tfbn_batch_normalization"
 """The entry that recorded layers add to the config of their class."""
@@ -36,12 +36,11 @@ def record_batch_norms(model: keras.layers.Layer) -> None:
         model: A model or layer.
 
     Warns:
-        UserWarning: If loading a layer would give other batch normalization layers all the same.
+        UserWarning: If loading a layer would still give other batch normalization layers.
     """
     lost = []
-    for layer in reversed(
-        _custom_layers(model)
-    ):  # The config of a parent may include its children.
+    # Children first: the config of a parent may include them.
+    for layer in reversed(_custom_layers(model)):
         expected = list(map(_settings, _recorded_inside(layer).values()))
         kind = original_class(type(layer))
         _set_class(layer, kind)
@@ -135,7 +134,7 @@ def _from_config(cls: Any, config: dict[str, Any]) -> keras.layers.Layer:
         kind = type(layer).__name__
         raise ValueError(
             f"Cannot load the layer '{layer.name}' of class {kind}: it was saved with {len(record['layers'])} "
-            f"batch normalization layers, and creates {len(_batch_norms_inside(layer))} from its config. "
+            f"batch normalization layers, and creates {len(batch_norm_layers(layer, layers_inside))} from its config. "
             f"Received: config={config}. "
             f"Let {kind} create all of its layers in `__init__` or `build`, from its config."
         )
@@ -149,7 +148,7 @@ def _from_config(cls: Any, config: dict[str, Any]) -> keras.layers.Layer:
 def _created(layer: keras.layers.Layer, record: dict[str, Any]) -> list[keras.layers.Layer] | None:
     """The layers inside a layer in whose place the recorded ones belong, or None if it holds others."""
     if "positions" not in record:  # All batch normalization layers, in order.
-        norms = list(_batch_norms_inside(layer))
+        norms = batch_norm_layers(layer, layers_inside)
         return norms if len(norms) == len(record["layers"]) else None
     inside = _all_inside(layer)
     if len(inside) != record["of"]:
@@ -189,15 +188,7 @@ def _custom_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
         if is_custom(layer)
         and not isinstance(layer, (*BATCH_NORM_CLASSES, FusedPart))
         and not clones_graph(layer)
-        and _batch_norms_inside(layer)
-    ]
-
-
-def _batch_norms_inside(layer: keras.layers.Layer) -> list[BatchNormLayer]:
-    return [
-        inner
-        for inner in walk(layer, inside=layers_inside)
-        if isinstance(inner, BATCH_NORM_CLASSES)
+        and batch_norm_layers(layer, layers_inside)
     ]
 
 

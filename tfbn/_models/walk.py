@@ -14,28 +14,6 @@ BatchNormLayer: TypeAlias = keras.layers.BatchNormalization | BatchNormalization
 BATCH_NORM_CLASSES = (keras.layers.BatchNormalization, BatchNormalization)
 
 
-def batch_norm_layers(model: keras.layers.Layer) -> list[BatchNormLayer]:
-    """All batch normalization layers of a model, Keras's and ours, each once, in order of definition.
-
-    Searches nested Functional, Sequential and subclassed models, layers and wrappers, and the lists, tuples
-    and dicts of layers that Keras tracks. A layer with several parents is listed where it is found first.
-
-    Args:
-        model: A model, or any layer.
-
-    Returns:
-        The layers. Layers that a subclassed model creates in `build` or `call` are missing until then.
-
-    Raises:
-        TypeError: If `model` is not a Keras model or layer.
-    """
-    if not isinstance(model, keras.layers.Layer):
-        raise TypeError(
-            f"`model` must be a Keras model or layer. Received: model={model!r} of type {type(model).__name__}."
-        )
-    return [layer for layer in walk(model) if isinstance(layer, BATCH_NORM_CLASSES)]
-
-
 def children(layer: keras.layers.Layer) -> Iterable[keras.layers.Layer]:
     """The layers directly inside a layer that its calls can reach, in order of definition."""
     if isinstance(layer, keras.Model):
@@ -54,23 +32,48 @@ def layers_inside(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
 
 def walk(
     layer: keras.layers.Layer,
-    seen: set[int] | None = None,
     inside: Callable[[keras.layers.Layer], Iterable[keras.layers.Layer]] = children,
 ) -> Iterator[keras.layers.Layer]:
     """This layer and all layers inside it, parents first, each once.
 
     Args:
         layer: A layer or model.
-        seen: The `id` of each layer to skip. Layers that were visited are added to it.
         inside: Which layers are directly inside a layer: `children` or `layers_inside`.
     """
-    seen = set() if seen is None else seen
-    if id(layer) in seen:
-        return
-    seen.add(id(layer))
-    yield layer
-    for child in inside(layer):
-        yield from walk(child, seen, inside)
+    seen: set[int] = set()
+    waiting = [layer]
+    while waiting:
+        found = waiting.pop()
+        if id(found) not in seen:
+            seen.add(id(found))
+            yield found
+            waiting += reversed(list(inside(found)))
+
+
+def batch_norm_layers(
+    model: keras.layers.Layer,
+    inside: Callable[[keras.layers.Layer], Iterable[keras.layers.Layer]] = children,
+) -> list[BatchNormLayer]:
+    """All batch normalization layers of a model, Keras's and ours, each once, in order of definition.
+
+    Searches nested Functional, Sequential and subclassed models, layers and wrappers, and the lists, tuples
+    and dicts of layers that Keras tracks. A layer with several parents is listed where it is found first.
+
+    Args:
+        model: A model, or any layer.
+        inside: As in `walk`.
+
+    Returns:
+        The layers. Layers that a subclassed model creates in `build` or `call` are missing until then.
+
+    Raises:
+        TypeError: If `model` is not a Keras model or layer.
+    """
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(
+            f"`model` must be a Keras model or layer. Received: model={model!r} of type {type(model).__name__}."
+        )
+    return [layer for layer in walk(model, inside=inside) if isinstance(layer, BATCH_NORM_CLASSES)]
 
 
 def name_of(layer: keras.layers.Layer) -> str:
@@ -95,6 +98,11 @@ def statistics_are_frozen(layer: BatchNormLayer) -> bool:
     """Whether the layer runs in inference mode even when it is called with `training=True`."""
     frozen = not layer.trainable or getattr(layer, "freeze_statistics", False)
     return frozen or getattr(layer, "has_fused_statistics", False)
+
+
+def learns_statistics(layer: BatchNormLayer) -> bool:
+    """Whether training is meant to update the moving statistics of the layer."""
+    return not statistics_are_frozen(layer) and layer.momentum != 1
 
 
 def has_initial_statistics(layer: BatchNormLayer) -> bool:

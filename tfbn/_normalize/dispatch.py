@@ -158,9 +158,8 @@ def _inference(x: tf.Tensor, over: Normalization) -> tuple[View, Infer]:
 
 
 def _kernels_take(x: tf.Tensor, over: Normalization) -> bool:
-    known = all(
-        x.shape[axis] is not None for axis in over.axes
-    )  # Virtual batches are channels, too.
+    # Virtual batches are channels, too.
+    known = all(x.shape[axis] is not None for axis in over.axes)
     return x.dtype in fused.DTYPES and over.mask is None and known
 
 

@@ -93,9 +93,8 @@ def _recover_from_killed(path: Path) -> None:
     """Cleans up after calls for the same path whose process is gone."""
     if fcntl is None:
         return
-    pattern = re.compile(
-        rf"\.{re.escape(path.name)}\.[^.]+\.tmp"
-    )  # Does not match `.NAME.more.*.tmp`.
+    # Does not match `.NAME.more.*.tmp`.
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[^.]+\.tmp")
     for hidden in [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]:
         try:
             descriptor = os.open(hidden / "lock", os.O_RDWR)

@@ -7,13 +7,7 @@ import keras
 
 from tfbn._layer.batch_normalization import BatchNormalization
 from tfbn._models.rebuild import rebuild
-from tfbn._models.walk import (
-    BATCH_NORM_CLASSES,
-    BatchNormLayer,
-    batch_norm_layers,
-    layers_inside,
-    walk,
-)
+from tfbn._models.walk import BATCH_NORM_CLASSES, BatchNormLayer, batch_norm_layers, layers_inside
 
 
 def convert(
@@ -59,8 +53,7 @@ def convert(
             "`to` must be tfbn.BatchNormalization or keras.layers.BatchNormalization. "
             f"Received: to={to!r}."
         )
-    batch_norm_layers(model)  # Refuses what is not a layer.
-    layers = [x for x in walk(model, inside=layers_inside) if isinstance(x, BATCH_NORM_CLASSES)]
+    layers = batch_norm_layers(model, layers_inside)
     return rebuild(model, {id(layer): _converted(layer, to, synchronized) for layer in layers})
 
 

@@ -238,7 +238,7 @@ def _write(model: keras.Model, signature: Signature, folder: Path, *, constant: 
         return dict(zip(names, keras.tree.flatten(outputs), strict=True))
 
     archive = keras.export.ExportArchive()
-    for layer in walk(model, set()):
+    for layer in walk(model):
         if layer.built and not layer.weights and not list(children(layer)):
             archive.track(layer)  # It may hold a lookup table, as preprocessing layers do.
     try:

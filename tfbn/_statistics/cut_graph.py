@@ -77,7 +77,7 @@ class CutGraph:
         self._batch = inputs[: len(inputs) - len(captured)]
         self._captured = dict(zip(inputs[len(self._batch) :], captured, strict=True))
         self.cuts = [
-            Cut(layer, _axes(layer, x), x.name, mask if mask is None else mask.name, output.name)
+            Cut(layer, _axes(layer, x), x.name, None if mask is None else mask.name, output.name)
             for layer, x, mask, output in calls
         ]
         self._number = {op_of(cut.output): number for number, cut in enumerate(self.cuts)}

@@ -265,7 +265,7 @@ class StatisticsPasses:
         )
 
     def _finish(self, calls: Sequence[LayerCall], totals: Totals) -> None:
-        """Merges the moments of all replicas, and tells the calls."""
+        """Merges the moments of all replicas, and hands them to the calls."""
         with self.strategy.scope():
             here = self.strategy.run(lambda: totals[replica_number()].total()[tf.newaxis])
             of_all = Merger()

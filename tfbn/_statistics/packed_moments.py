@@ -9,7 +9,7 @@ import tensorflow as tf
 from tfbn._moments.moments import Moments, merge_all
 
 MANY = 64
-"""So many are merged at once."""
+"""How many are merged at once."""
 
 
 def pack(moments: Sequence[Moments]) -> tf.Tensor:

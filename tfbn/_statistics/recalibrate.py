@@ -126,13 +126,7 @@ def recalibrate(
     tensors = TensorCache(cache, cache_limit)
     reader = MultiPassReader(fit_data(model, data, y), steps, batch_size, verbose)
     layers, passes = plan_passes(
-        model,
-        reader,
-        upstream,
-        forward,
-        include_frozen=include_frozen,
-        cache=tensors,
-        prior=prior,
+        model, reader, upstream, forward, include_frozen=include_frozen, cache=tensors, prior=prior
     )
     reader.expect(1 if cache != "none" else passes.levels, passes.levels)
     passes.measure(reader)

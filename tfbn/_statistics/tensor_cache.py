@@ -75,7 +75,7 @@ class TensorCache:
             self._folder = None
 
     def check(self, batch: Iterable[Sequence[tf.Tensor]], times: float) -> None:
-        """Checks whether so many times the tensors of a batch can be kept.
+        """Checks whether this many times the tensors of a batch can be kept.
 
         Raises:
             CacheFullError: If they cannot.
@@ -132,7 +132,7 @@ class TensorCache:
         return tensors
 
     def free(self, entry: Entry) -> None:
-        """Forgets an entry. Its tensors are freed when nobody else holds it."""
+        """Drops an entry. Its tensors are freed once nothing else refers to them."""
         if entry.path is None:
             self._memory -= entry.size
         else:
@@ -176,8 +176,8 @@ def free_memory() -> int:
 
 def in_bytes(size: float) -> str:
     """Returns a number of bytes for people: ``412 MB``."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            return f"{size:.3g} {unit}" if unit != "bytes" else f"{size:.0f} {unit}"
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
         size /= 1000
-    raise AssertionError("unreachable")
+        units.pop(0)
+    return f"{size:.3g} {units[0]}"

@@ -9,7 +9,7 @@ import keras
 from tfbn._support.checks import is_integer
 
 PATIENCE = 1.0
-"""With "auto", a bar shows after so many seconds, so that short work stays silent."""
+"""The seconds after which "auto" shows a bar, so that short work stays silent."""
 
 
 def check_verbose(verbose: Any) -> None:

@@ -20,13 +20,7 @@ from tfbn._training.stream import Position
 # The public attributes in which these callbacks keep state between epochs.
 _CALLBACK_STATE: dict[type[keras.callbacks.Callback], tuple[str, ...]] = {
     keras.callbacks.History: ("epoch", "history"),
-    keras.callbacks.EarlyStopping: (
-        "wait",
-        "best",
-        "best_epoch",
-        "best_weights",
-        "stopped_epoch",
-    ),
+    keras.callbacks.EarlyStopping: ("wait", "best", "best_epoch", "best_weights", "stopped_epoch"),
     keras.callbacks.ReduceLROnPlateau: ("wait", "best", "cooldown_counter"),
     keras.callbacks.ModelCheckpoint: ("best",),
 }

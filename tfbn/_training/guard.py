@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn._models.intercept import intercept_calls, isolated_tracing
-from tfbn._models.walk import BatchNormLayer, batch_norm_layers, statistics_are_frozen
+from tfbn._models.walk import BatchNormLayer, batch_norm_layers, learns_statistics
 
 
 class StatisticsNotUpdatedError(RuntimeError):
@@ -28,11 +28,6 @@ class StatisticsNotUpdatedError(RuntimeError):
         Traceback (most recent call last):
         tfbn.StatisticsNotUpdatedError: ...
     """
-
-
-def learns_statistics(layer: BatchNormLayer) -> bool:
-    """Returns whether training is meant to update the layer's moving statistics."""
-    return not statistics_are_frozen(layer) and layer.momentum != 1
 
 
 class StatisticsWatch:

@@ -2,13 +2,12 @@
 
 import dataclasses
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tfbn._data.sources import as_source
 from tfbn._support.checks import check_count
 from tfbn._support.keras_internals import take_restored_epoch
 from tfbn._training.backup import Progress
@@ -17,7 +16,7 @@ from tfbn._training.checks import check_batch_size, check_mean_loss, check_own_s
 from tfbn._training.epochs import Epochs, Run
 from tfbn._training.step import Steps
 from tfbn._training.strategy import check_scope, check_strategy, scope_of
-from tfbn._training.stream import Stream
+from tfbn._training.stream import stream_of, with_targets
 from tfbn._training.workers import Workers
 
 
@@ -185,11 +184,11 @@ class TrainingLoop:
         seed = self._workers.from_chief(random.randrange(2**31) if seed is None else seed)
         progress = Progress(seed, initial_epoch) if saved is None else saved.progress
 
-        data = _with_targets(data, y, sample_weight)
-        train = _stream("data", data, steps_per_epoch, batch_size, shuffle, progress.seed)
+        data = with_targets(data, y, sample_weight)
+        train = stream_of("data", data, steps_per_epoch, batch_size, shuffle, progress.seed)
         validation = None
         if validation_data is not None:
-            validation = _stream("validation_data", validation_data, validation_steps, batch_size)
+            validation = stream_of("validation_data", validation_data, validation_steps, batch_size)
             evaluations = epochs // validation_freq - initial_epoch // validation_freq
             if evaluations > 1 and not validation.can_restart:
                 raise ValueError(
@@ -263,7 +262,7 @@ class TrainingLoop:
         check_count("batch_size", batch_size, optional=True)
         self._check_compiled()
         _, other_callbacks = split_backup(callbacks, self._workers.chief)
-        stream = _stream("data", _with_targets(data, y, sample_weight), steps, batch_size)
+        stream = stream_of("data", with_targets(data, y, sample_weight), steps, batch_size)
         check_batch_size(batch_size, stream)
         stream.open()
         self._workers.check_equal(data=stream.ahead)
@@ -298,27 +297,3 @@ class TrainingLoop:
             model=self.model,
             accumulation_steps=self.accumulation_steps,  # A callback's `params` may tell it.
         )
-
-
-def _with_targets(data: Any, y: Any, sample_weight: Any) -> Any:
-    """Joins inputs, targets and weights that were passed one by one."""
-    if y is None and sample_weight is None:
-        return data
-    if y is None or isinstance(data, tf.data.Dataset | keras.utils.PyDataset | Iterator):
-        raise ValueError(
-            "`y` and `sample_weight` belong to arrays: pass fit(x, y) or fit(x, y, sample_weight=...). Data that "
-            f"comes in batches carries its own. Received: data of type {type(data).__name__}, y of type "
-            f"{type(y).__name__} and sample_weight of type {type(sample_weight).__name__}."
-        )
-    return (data, y) if sample_weight is None else (data, y, sample_weight)
-
-
-def _stream(
-    name: str,
-    data: Any,
-    steps: int | None,
-    batch_size: int | None,
-    shuffle: bool = False,
-    seed: int = 0,
-) -> Stream:
-    return Stream(name, as_source(name, data, batch_size or 32, shuffle, seed), steps)

@@ -12,13 +12,7 @@ from tfbn._support.keras_internals import losses_unscaled, mask_of
 
 
 def batch_loss(
-    model: keras.Model,
-    x: Any,
-    y: Any,
-    y_pred: Any,
-    sample_weight: Any,
-    batch: Any,
-    training: bool,
+    model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any, batch: Any, training: bool
 ) -> tf.Tensor:
     """Returns the mean loss of the batch or, on several replicas, this replica's share of it.
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfbn._data import sharding
 from tfbn._layer import collect_moments
-from tfbn._models.walk import BatchNormLayer, batch_norm_layers
+from tfbn._models.walk import BatchNormLayer, batch_norm_layers, learns_statistics
 from tfbn._moments import replicas
 from tfbn._moments.moments import Moments
 from tfbn._support.keras_internals import gradients_summed
@@ -18,7 +18,6 @@ from tfbn._support.optimizers import unwrap_optimizer
 from tfbn._training.accumulate import Accumulator
 from tfbn._training.class_weights import class_weights
 from tfbn._training.gradients import apply_gradients, sum_over_replicas
-from tfbn._training.guard import learns_statistics
 from tfbn._training.losses import (
     batch_loss,
     compute_loss,
@@ -68,12 +67,7 @@ class Steps:
         """All variables that the rest of the training depends on."""
         model = self._model
         collected = [] if self._accumulator is None else self._accumulator.variables
-        return [
-            *model.variables,
-            *model.optimizer.variables,
-            *model.metrics_variables,
-            *collected,
-        ]
+        return [*model.variables, *model.optimizer.variables, *model.metrics_variables, *collected]
 
     def prepare(self, spec: Any, class_weight: Mapping[int, float] | None) -> None:
         """Builds the model and the optimizer, and traces the training step: it creates every variable."""

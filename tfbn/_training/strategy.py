@@ -69,10 +69,7 @@ def check_scope(
 
 
 def _check_replicas(
-    number: int,
-    model: keras.Model,
-    optimizer: keras.optimizers.Optimizer,
-    jit_compile: bool | str,
+    number: int, model: keras.Model, optimizer: keras.optimizers.Optimizer, jit_compile: bool | str
 ) -> None:
     if jit_compile is True:
         raise ValueError(
@@ -80,12 +77,10 @@ def _check_replicas(
             f"Received: jit_compile=True and {number} replicas."
         )
     inner = unwrap_optimizer(optimizer)
+    leave_out = "Leave it out: the averages replace the weights when training ends."
     for name, instead in (
         ("gradient_accumulation_steps", "Set accumulation_steps of the loop instead."),
-        (
-            "ema_overwrite_frequency",
-            "Leave it out: the averages replace the weights when training ends.",
-        ),
+        ("ema_overwrite_frequency", leave_out),
     ):
         value = getattr(inner, name)
         if value and not (name == "ema_overwrite_frequency" and not inner.use_ema):

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
+import keras
 import tensorflow as tf
 
-from tfbn._data.sources import Source, spec_of
+from tfbn._data.sources import Source, as_source, spec_of
 
 Position = tuple[int, int]
 """The number of the pass over the data, and the number of its batches that were consumed."""
@@ -115,6 +116,31 @@ class Stream:
             if self.source.spec is None:
                 self.spec = _common_spec(self.spec, spec_of(batch))
         return batch
+
+
+def with_targets(data: Any, y: Any, sample_weight: Any) -> Any:
+    """Joins inputs, targets and weights that were passed one by one."""
+    if y is None and sample_weight is None:
+        return data
+    if y is None or isinstance(data, tf.data.Dataset | keras.utils.PyDataset | Iterator):
+        raise ValueError(
+            "`y` and `sample_weight` belong to arrays: pass fit(x, y) or fit(x, y, sample_weight=...). Data that "
+            f"comes in batches carries its own. Received: data of type {type(data).__name__}, y of type "
+            f"{type(y).__name__} and sample_weight of type {type(sample_weight).__name__}."
+        )
+    return (data, y) if sample_weight is None else (data, y, sample_weight)
+
+
+def stream_of(
+    name: str,
+    data: Any,
+    steps: int | None,
+    batch_size: int | None,
+    shuffle: bool = False,
+    seed: int = 0,
+) -> Stream:
+    """The stream of data of any supported kind, as the argument of this name."""
+    return Stream(name, as_source(name, data, batch_size or 32, shuffle, seed), steps)
 
 
 def _common_spec(known: Any, new: Any) -> Any:

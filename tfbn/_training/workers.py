@@ -77,9 +77,7 @@ class Workers:
     @functools.cached_property
     def _gather(self) -> Callable[[tf.Tensor], tf.Tensor]:
         strategy = self._strategy
-        assert (
-            strategy is not None
-        )  # For the type checker: a process that is alone does not gather.
+        assert strategy is not None  # For the type checker: who is alone does not gather.
 
         @tf.function(input_signature=[tf.TensorSpec([1, None], tf.int64)], autograph=False)
         def gather(row: tf.Tensor) -> tf.Tensor:

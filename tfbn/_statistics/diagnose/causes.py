@@ -7,10 +7,10 @@ one that applies becomes a finding. The causes without a group are independent.
 import dataclasses
 from collections.abc import Callable
 
+from tfbn._statistics.diagnose.cause import Cause
 from tfbn._statistics.diagnose.finding import SEVERITIES, Finding
 from tfbn._statistics.diagnose.model_evidence import ModelEvidence
 from tfbn._statistics.diagnose.signs import of_statistics, of_use, of_values
-from tfbn._statistics.diagnose.signs.sign import Sign
 
 INITIAL = "statistics that were never updated"
 FROZEN = "frozen statistics"
@@ -29,46 +29,6 @@ ON_TRAINING_DATA = (
     "Diagnose the model on its training data, prepared as in training. If that has no finding, the data "
     "here is different. If it has the same finding, the weights are."
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Cause:
-    """One row of the table.
-
-    Attributes:
-        kind: The name of the cause.
-        sign: Looks for the cause; returns None where it does not apply.
-        explanation: What the finding says. Names in braces are filled in from the sign.
-        severity: "error", "warning", "note"; or "by effect", as the losses or the distances show.
-        recalibrate: Whether `tfbn.recalibrate` is the cure. It is printed unless the losses contradict.
-        advice: What to change in the code, the data or the next training.
-        experiment: What tells similar causes apart.
-        groups: Of the causes in a group, only the first that applies becomes a finding.
-        last_resort: Whether it becomes a finding only if nothing else does.
-    """
-
-    kind: str
-    sign: Callable[[ModelEvidence], Sign | None]
-    explanation: str
-    severity: str = "by effect"
-    recalibrate: bool = False
-    advice: str = ""
-    experiment: str = ""
-    groups: tuple[str, ...] = ()
-    last_resort: bool = False
-
-    def finding(self, sign: Sign, severity: str, cure: str) -> Finding:
-        """Returns what to say if the sign was found."""
-        return Finding(
-            severity=severity,
-            kind=self.kind,
-            layers=tuple(layer.layer for layer in sign.layers),
-            explanation=self.explanation.format_map(sign.words),
-            evidence=sign.numbers,
-            cure=cure,
-            advice=self.advice.format_map(sign.words),
-            experiment=self.experiment,
-        )
 
 
 def find(model: ModelEvidence, recalibrate: Callable[[bool], str]) -> tuple[Finding, ...]:
@@ -99,6 +59,132 @@ def find(model: ModelEvidence, recalibrate: Callable[[bool], str]) -> tuple[Find
         )
     return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))
 
+
+WHY_OFF = (
+    Cause(
+        kind="replicas_diverged",
+        sign=of_statistics.replicas_diverged,
+        explanation="The replicas hold different moving statistics. Keras's layer updates each replica's copy "
+        "from that replica's share of the data, and saves only one of them.",
+        severity="error",
+        recalibrate=True,
+        advice="model = tfbn.convert(model) under the strategy: tfbn's layers keep the copies equal",
+    ),
+    Cause(
+        kind="rescaled_inputs",
+        sign=of_statistics.purely_rescaled_inputs,
+        explanation=RESCALED,
+        recalibrate=True,
+        advice=PREPARE,
+    ),
+    Cause(
+        kind="empty_batches",
+        sign=of_statistics.empty_batches,
+        explanation="Mean and variance are both {kept:.2g} times the true ones: batches without a single "
+        "value, fully masked ones, pulled the moving statistics towards 0.",
+        recalibrate=True,
+        advice="model = tfbn.convert(model) before training on: tfbn's layers skip such batches",
+    ),
+    Cause(
+        kind="masks_ignored",
+        sign=of_statistics.masks_ignored,
+        explanation="The moving statistics are those of all values, with the masked ones: training did not "
+        "look at the masks. {effect}",
+        severity="warning",
+        recalibrate=True,
+        advice="pass the masks on in training and in inference alike, and train again",
+    ),
+    Cause(
+        kind="lagging_statistics",
+        sign=of_statistics.lagging_statistics,
+        explanation="The moving statistics lag behind: {weight:.0%} of them {what}. {steps} too few for a "
+        "momentum of {momentum}.",
+        recalibrate=True,
+        advice="tfbn.BatchNormalization(momentum=None) for short trainings, or a lower momentum",
+    ),
+    Cause(
+        kind="variance_shift",
+        sign=of_statistics.variance_shift,
+        explanation="Dropout or another random layer before these layers changes the variance in training, and "
+        "the moving statistics are those. In inference it is off.",
+        recalibrate=True,
+        advice="move dropout behind the last batch normalization layer",
+    ),
+    Cause(
+        kind="unlike_batches",
+        sign=of_statistics.unlike_batches,
+        explanation="The moving variances miss the spread between classes: in training, each batch held "
+        "examples of few classes.",
+        severity="warning",
+        recalibrate=True,
+        advice="shuffle the training data, and train again",
+    ),
+    Cause(
+        kind="small_batches",
+        sign=of_statistics.small_batches,
+        explanation="The moving variances fit a batch size of about {size:.2g}: they miss much of the spread "
+        "between examples.",
+        severity="warning",
+        recalibrate=True,
+        advice="larger batches for training, or keras.layers.GroupNormalization()",
+        experiment="Look at a batch of the training data. If it has more examples, they are alike, such as "
+        "those of one class, and shuffling is the cure.",
+    ),
+    Cause(
+        kind="noisy_statistics",
+        sign=of_statistics.noisy_statistics,
+        explanation="The momentum of {momentum:g} makes the moving statistics those of the last batches. "
+        "PyTorch's momentum of 0.1 is Keras's 0.9.",
+        recalibrate=True,
+        advice="momentum=0.9 or 0.99",
+    ),
+    Cause(
+        kind="rescaled_inputs",
+        sign=of_statistics.rescaled_inputs,
+        explanation=RESCALED,
+        recalibrate=True,
+        advice=PREPARE,
+    ),
+    Cause(
+        kind="averaged_weights",
+        sign=of_statistics.averaged_weights,
+        explanation="The optimizer averages the weights (use_ema), but the moving statistics were collected "
+        "under the weights before averaging.",
+        recalibrate=True,
+        advice="callbacks=[tfbn.RecalibrateAfterTraining(data)] in `fit`",
+    ),
+    Cause(
+        kind="pruned_weights",
+        sign=of_statistics.pruned_weights,
+        explanation="{zeros:.0%} of the weights are exactly 0: they were pruned, and the moving statistics are "
+        "those from before.",
+        recalibrate=True,
+    ),
+    Cause(
+        kind="changed_epsilon",
+        sign=of_statistics.changed_epsilon,
+        explanation="With an epsilon of {epsilon:g} the loss is lower than with that of these layers: the "
+        "weights were trained with another epsilon. PyTorch's default is 1e-5, Keras's 1e-3.",
+        recalibrate=True,
+        advice="build the layers with epsilon={epsilon:g}",
+    ),
+    Cause(
+        kind="changed_weights",
+        sign=of_statistics.changed_weights,
+        explanation="The layers up to {last} match the data, those from {first} on do not: the data is that of "
+        "the training, and weights between them were changed after it.",
+        recalibrate=True,
+    ),
+    Cause(
+        kind="other_data_or_weights",
+        sign=of_statistics.other_data_or_weights,
+        explanation="The moving statistics do not belong to this data under these weights. Either the data "
+        "differs from the training data, or the weights were loaded, averaged or changed after training.",
+        recalibrate=True,
+        experiment=ON_TRAINING_DATA,
+    ),
+)
+"""Why moving statistics are off, the surest signs first."""
 
 CAUSES = (
     # Values that no training gives
@@ -249,144 +335,7 @@ CAUSES = (
         severity="note",
         advice="prune the channels, or train without a regularizer on gamma",
     ),
-    # Why moving statistics are off
-    Cause(
-        kind="replicas_diverged",
-        sign=of_statistics.replicas_diverged,
-        explanation="The replicas hold different moving statistics. Keras's layer updates each replica's copy "
-        "from that replica's share of the data, and saves only one of them.",
-        severity="error",
-        recalibrate=True,
-        advice="model = tfbn.convert(model) under the strategy: tfbn's layers keep the copies equal",
-        groups=(MOVING,),
-    ),
-    Cause(
-        kind="rescaled_inputs",
-        sign=of_statistics.purely_rescaled_inputs,
-        explanation=RESCALED,
-        recalibrate=True,
-        advice=PREPARE,
-        groups=(MOVING,),
-    ),
-    Cause(
-        kind="empty_batches",
-        sign=of_statistics.empty_batches,
-        explanation="Mean and variance are both {kept:.2g} times the true ones: batches without a single "
-        "value, fully masked ones, pulled the moving statistics towards 0.",
-        recalibrate=True,
-        advice="model = tfbn.convert(model) before training on: tfbn's layers skip such batches",
-        groups=(MOVING,),
-    ),
-    Cause(
-        kind="masks_ignored",
-        sign=of_statistics.masks_ignored,
-        explanation="The moving statistics are those of all values, with the masked ones: training did not "
-        "look at the masks. {effect}",
-        severity="warning",
-        recalibrate=True,
-        advice="pass the masks on in training and in inference alike, and train again",
-        groups=(MOVING,),
-    ),
-    Cause(
-        kind="lagging_statistics",
-        sign=of_statistics.lagging_statistics,
-        explanation="The moving statistics lag behind: {weight:.0%} of them {what}. {steps} too few for a "
-        "momentum of {momentum}.",
-        recalibrate=True,
-        advice="tfbn.BatchNormalization(momentum=None) for short trainings, or a lower momentum",
-        groups=(MOVING,),
-    ),
-    Cause(
-        kind="variance_shift",
-        sign=of_statistics.variance_shift,
-        explanation="Dropout or another random layer before these layers changes the variance in training, and "
-        "the moving statistics are those. In inference it is off.",
-        recalibrate=True,
-        advice="move dropout behind the last batch normalization layer",
-        groups=(MOVING,),
-    ),
-    Cause(
-        kind="unlike_batches",
-        sign=of_statistics.unlike_batches,
-        explanation="The moving variances miss the spread between classes: in training, each batch held "
-        "examples of few classes.",
-        severity="warning",
-        recalibrate=True,
-        advice="shuffle the training data, and train again",
-        groups=(MOVING,),
-    ),
-    Cause(
-        kind="small_batches",
-        sign=of_statistics.small_batches,
-        explanation="The moving variances fit a batch size of about {size:.2g}: they miss much of the spread "
-        "between examples.",
-        severity="warning",
-        recalibrate=True,
-        advice="larger batches for training, or keras.layers.GroupNormalization()",
-        experiment="Look at a batch of the training data. If it has more examples, they are alike, such as "
-        "those of one class, and shuffling is the cure.",
-        groups=(MOVING,),
-    ),
-    Cause(
-        kind="noisy_statistics",
-        sign=of_statistics.noisy_statistics,
-        explanation="The momentum of {momentum:g} makes the moving statistics those of the last batches. "
-        "PyTorch's momentum of 0.1 is Keras's 0.9.",
-        recalibrate=True,
-        advice="momentum=0.9 or 0.99",
-        groups=(MOVING,),
-    ),
-    Cause(
-        kind="rescaled_inputs",
-        sign=of_statistics.rescaled_inputs,
-        explanation=RESCALED,
-        recalibrate=True,
-        advice=PREPARE,
-        groups=(MOVING,),
-    ),
-    Cause(
-        kind="averaged_weights",
-        sign=of_statistics.averaged_weights,
-        explanation="The optimizer averages the weights (use_ema), but the moving statistics were collected "
-        "under the weights before averaging.",
-        recalibrate=True,
-        advice="callbacks=[tfbn.RecalibrateAfterTraining(data)] in `fit`",
-        groups=(MOVING,),
-    ),
-    Cause(
-        kind="pruned_weights",
-        sign=of_statistics.pruned_weights,
-        explanation="{zeros:.0%} of the weights are exactly 0: they were pruned, and the moving statistics are "
-        "those from before.",
-        recalibrate=True,
-        groups=(MOVING,),
-    ),
-    Cause(
-        kind="changed_epsilon",
-        sign=of_statistics.changed_epsilon,
-        explanation="With an epsilon of {epsilon:g} the loss is lower than with that of these layers: the "
-        "weights were trained with another epsilon. PyTorch's default is 1e-5, Keras's 1e-3.",
-        recalibrate=True,
-        advice="build the layers with epsilon={epsilon:g}",
-        groups=(MOVING,),
-    ),
-    Cause(
-        kind="changed_weights",
-        sign=of_statistics.changed_weights,
-        explanation="The layers up to {last} match the data, those from {first} on do not: the data is that of "
-        "the training, and weights between them were changed after it.",
-        recalibrate=True,
-        groups=(MOVING,),
-    ),
-    Cause(
-        kind="other_data_or_weights",
-        sign=of_statistics.other_data_or_weights,
-        explanation="The moving statistics do not belong to this data under these weights. Either the data "
-        "differs from the training data, or the weights were loaded, averaged or changed after training.",
-        recalibrate=True,
-        experiment=ON_TRAINING_DATA,
-        groups=(MOVING,),
-    ),
+    *(dataclasses.replace(cause, groups=(MOVING,)) for cause in WHY_OFF),
     Cause(
         kind="loss_gap",
         sign=of_values.loss_gap,

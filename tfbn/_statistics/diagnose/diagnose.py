@@ -59,9 +59,8 @@ def diagnose(
 
     Raises:
         TypeError: As `tfbn.recalibrate` does.
-        ValueError: As `tfbn.recalibrate` does, except that inputs that are not finite become a finding; if
-            the compiled loss cannot be computed on the labels; or if the model preprocesses its inputs in
-            `predict` alone.
+        ValueError: As `tfbn.recalibrate` does, except that inputs that are not finite become a finding; or if
+            the compiled loss cannot be computed on the labels.
 
     Example:
         >>> diagnosis = tfbn.diagnose(model, (images, labels))
@@ -69,13 +68,6 @@ def diagnose(
         >>> [finding.kind for finding in diagnosis.findings]
         ['lagging_statistics']
     """
-    if forward is None and getattr(model, "preprocessor", None) is not None:
-        raise ValueError(
-            "This model preprocesses its inputs in `fit`, `evaluate` and `predict`, but not when it is "
-            "called. Preprocess the data, and pass "
-            "forward=lambda model, batch: model(batch[0], training=False) to confirm it. "
-            f"Received: model {model.name!r} with preprocessor {type(model.preprocessor).__name__}."
-        )
     reader = MultiPassReader(data, steps, batch_size, verbose)
     layers, passes = plan_passes(
         model, reader, upstream, forward, include_frozen=True, summaries=SUMMARIES

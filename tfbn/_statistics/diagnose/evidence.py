@@ -8,12 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from tfbn._models.walk import (
-    BatchNormLayer,
-    has_initial_statistics,
-    name_of,
-    statistics_are_frozen,
-)
+from tfbn._models.walk import BatchNormLayer, has_initial_statistics, name_of, statistics_are_frozen
 from tfbn._moments.moments import Moments, count, reduced_axes, statistics_dtype
 from tfbn._statistics.diagnose.comparison import Comparison
 from tfbn._statistics.diagnose.explanations import best_batch_size, best_initial_weight

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbn._models.intercept import intercept_calls, isolated_tracing
+from tfbn._models.intercept import intercept_calls, traced_once
 from tfbn._models.walk import BatchNormLayer, name_of
 from tfbn._moments.moments import reduced_axes
 from tfbn._statistics.diagnose.batch_mode import batch_statistics, no_updates
@@ -157,23 +157,13 @@ class Experiments:
         return found
 
     def _observe(self, measure: Callable[..., Any], noise: bool = False) -> dict[str, list[Any]]:
-        """Measures what each call of each layer sees in each batch."""
-        found: dict[str, list[Any]] = {}
-        for seen in self._run(measure, noise):
-            for name, part in seen:
-                found.setdefault(name, []).append(part)
-        return found
+        """Measures what each call of each layer sees in each batch. The layers are in the order of the calls."""
 
-    def _run(self, measure: Callable[..., Any], noise: bool) -> Iterator[list[tuple[str, Any]]]:
-        names: list[str] = []
-
-        def step(batch: Any) -> list[Any]:
-            measured: list[Any] = []
-            names.clear()
+        def step(batch: Any) -> dict[str, list[Any]]:
+            measured: dict[str, list[Any]] = {}
 
             def observe(layer: Any, x: tf.Tensor, axes: Sequence[int], mask: Any) -> None:
-                names.append(name_of(layer))
-                measured.append(measure(x, axes, mask))
+                measured.setdefault(name_of(layer), []).append(measure(x, axes, mask))
 
             random = filter(_takes_training, random_layers(self._model)) if noise else []
             active = intercept_calls(random, _in_training)
@@ -181,23 +171,20 @@ class Experiments:
                 self._forward(self._model, batch)
             return measured
 
-        compiled: dict[Any, Any] = {}
-        before = (
-            [(variable, variable.numpy()) for variable in self._model.variables] if noise else []
-        )
+        run = traced_once(step)
+        found: dict[str, list[Any]] = {}
+        # Such as the states of random generators.
+        before = [(v, v.numpy()) for v in self._model.variables] if noise else []
         try:
             for batch, spec in self._batches:
-                key = tuple(tf.nest.flatten(spec))
-                if key not in compiled:
-                    with isolated_tracing():
-                        function = tf.function(step, autograph=False).get_concrete_function(spec)
-                    compiled[key] = function, tuple(names)
-                function, called = compiled[key]
-                measured = tf.nest.map_structure(lambda part: part.numpy(), function(batch))
-                yield list(zip(called, measured, strict=True))
+                for name, parts in run(batch, spec).items():
+                    found.setdefault(name, []).extend(
+                        tf.nest.map_structure(lambda part: part.numpy(), parts)
+                    )
         finally:
-            for variable, value in before:  # such as the states of random generators
+            for variable, value in before:
                 variable.assign(value)
+        return found
 
 
 def _takes_training(layer: keras.layers.Layer) -> bool:

@@ -10,7 +10,7 @@ from tfbn._data.multi_pass import MultiPassReader
 from tfbn._data.sources import spec_of
 
 EVERY = 4
-"""One batch in so many is set aside."""
+"""One batch in this many is set aside."""
 MOST_BATCHES = 32
 MOST_BYTES = 2**28
 

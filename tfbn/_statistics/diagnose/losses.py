@@ -1,6 +1,7 @@
 """The loss and the metrics of a model on the batches set aside, run in several ways."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,7 +13,7 @@ import tensorflow as tf
 
 from tfbn._data.multi_pass import MultiPassReader
 from tfbn._data.sources import spec_of
-from tfbn._models.intercept import isolated_tracing
+from tfbn._models.intercept import traced_once
 from tfbn._statistics.diagnose.held_out import Batch
 from tfbn._statistics.plan import unpacked
 from tfbn._support.checks import first_line
@@ -40,9 +41,8 @@ class Losses:
 
     def __init__(self, model: keras.Model, batches: Sequence[Batch]):
         self._model = model
-        self._batches = [batch for batch, _ in batches]
-        self._specs = [spec for _, spec in batches]
-        self._sizes = np.array([MultiPassReader.size(batch) for batch in self._batches], float)
+        self._batches = batches
+        self._sizes = np.array([MultiPassReader.size(batch) for batch, _ in batches], float)
         self._by_batch: dict[str, np.ndarray] = {}
         self._of_constant = math.nan
         self.modes: dict[str, Mapping[str, float]] = {}
@@ -58,7 +58,7 @@ class Losses:
         Args:
             mode: What to call it.
             predict: Computes the outputs for a batch.
-            context: Is open around `predict`.
+            context: A context that is open around `predict`.
         """
 
         def step(batch: Any) -> tuple[tf.Tensor, Any]:
@@ -135,13 +135,7 @@ class Losses:
 
     def _run(self, step: Callable[[Any], Any]) -> Iterator[Any]:
         self._model.reset_metrics()
-        compiled: dict[Any, Any] = {}
-        for batch, spec in zip(self._batches, self._specs, strict=True):
-            key = tuple(tf.nest.flatten(spec))
-            if key not in compiled:
-                with isolated_tracing():
-                    compiled[key] = tf.function(step, autograph=False).get_concrete_function(spec)
-            yield compiled[key](batch)
+        return itertools.starmap(traced_once(step), self._batches)
 
     def _loss(self, batch: Any, outputs: Any) -> tf.Tensor:
         x, y, weight = unpacked(self._model, batch)

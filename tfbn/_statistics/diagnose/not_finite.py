@@ -49,7 +49,7 @@ def trace_not_finite(model: keras.layers.Layer, layer: str, data_is_finite: bool
     if not data_is_finite:
         what = "So does the data."
         return NotFinite(layer, "data", what, "remove these examples, or repair what reads them")
-    if any(part.compute_dtype == "float16" for part in walk(model, set())):
+    if any(part.compute_dtype == "float16" for part in walk(model)):
         return NotFinite(layer, "overflow", "", "")
     what = "The data and the weights are finite, so a layer on the way makes them."
     advice = "tf.debugging.enable_check_numerics() names the operation"

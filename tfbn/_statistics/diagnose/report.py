@@ -1,10 +1,8 @@
 """The result of a diagnosis: text for people, plain types for programs, and a picture."""
 
 import dataclasses
-import functools
 import math
 import os
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +10,7 @@ import numpy as np
 
 from tfbn._statistics.diagnose.comparison import Comparison
 from tfbn._statistics.diagnose.evidence import LayerEvidence
-from tfbn._statistics.diagnose.finding import Finding
+from tfbn._statistics.diagnose.finding import Finding, concerned, numbers, sentence, what_to_do
 from tfbn._statistics.diagnose.model_evidence import LOG_VARIANCE_RATIO, MEAN_SHIFT
 from tfbn._support import html, tables
 from tfbn._support.reports import Report, count, plain
@@ -26,8 +24,6 @@ LAYER_HEADER = (
     "batch noise",
     "findings",
 )
-WIDTH = 80
-"""The width of printed text, except for tables and code."""
 MOST_PICTURES = 12
 """For how many layers a page shows the channels."""
 
@@ -195,7 +191,7 @@ class Diagnosis(Report):
         figure.savefig(path)
 
     def __str__(self) -> str:
-        parts = [finding_text(finding) for finding in self.findings]
+        parts = [str(finding) for finding in self.findings]
         parts = parts or [f"No findings: {self._verdict()}."]
         title = f"Batch normalization layers. {self._extent()}"
         parts.append(tables.text(title, LAYER_HEADER, self._layer_rows()))
@@ -235,29 +231,17 @@ class Diagnosis(Report):
         return ["mode", *names], rows
 
 
-def finding_text(finding: Finding) -> str:
-    """Returns a finding for the terminal. Code in the cure is not wrapped."""
-    wrap = functools.partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
-    lines = wrap(_sentence(finding), WIDTH - 4)
-    for label, text in _what_to_do(finding):
-        width = len(label) + 2
-        parts = [text] if label == "cure" else wrap(text, WIDTH - 4 - width)
-        lines.append(f"{label}: " + ("\n" + " " * (4 + width)).join(parts))
-    head = f"{finding.severity}: {finding.kind} ({_concerned(finding)})"
-    return "\n    ".join([head, *lines])
-
-
 def _box(finding: Finding, as_command: AsCommand) -> str:
     parts = [html.paragraph(finding.explanation)]
     if finding.evidence:
-        parts.append(html.paragraph(_numbers(finding), "soft"))
+        parts.append(html.paragraph(numbers(finding), "soft"))
     parts += [
         html.labelled(label.capitalize(), text, code=label == "cure")
-        for label, text in _what_to_do(finding)
+        for label, text in what_to_do(finding)
     ]
     if command := as_command(finding.cure):
         parts.append(html.labelled("The cure as a command", command, code=True))
-    head = f"{finding.severity.capitalize()}: {finding.kind} ({_concerned(finding)})"
+    head = f"{finding.severity.capitalize()}: {finding.kind} ({concerned(finding)})"
     return html.box(head, parts, finding.severity)
 
 
@@ -274,32 +258,9 @@ def _picture(channels: ChannelStatistics) -> str:
 
 
 def _markdown(finding: Finding) -> str:
-    head = f"- **{finding.severity}, {finding.kind}** ({_concerned(finding)}): {_sentence(finding)}"
+    head = f"- **{finding.severity}, {finding.kind}** ({concerned(finding)}): {sentence(finding)}"
     lines = [
         f"{label.capitalize()}: " + (f"`{text}`" if label == "cure" else text)
-        for label, text in _what_to_do(finding)
+        for label, text in what_to_do(finding)
     ]
     return "  \n  ".join([head, *lines])
-
-
-def _what_to_do(finding: Finding) -> list[tuple[str, str]]:
-    parts = (("cure", finding.cure), ("advice", finding.advice), ("to be sure", finding.experiment))
-    return [(label, text) for label, text in parts if text]
-
-
-def _concerned(finding: Finding) -> str:
-    """The layers concerned, or how many there are."""
-    if not finding.layers:
-        return "the model"
-    if len(finding.layers) <= 3:
-        return ", ".join(finding.layers)
-    return f"{finding.layers[0]}, {finding.layers[1]} and {len(finding.layers) - 2} more layers"
-
-
-def _sentence(finding: Finding) -> str:
-    numbers = _numbers(finding)
-    return f"{finding.explanation} {numbers}." if numbers else finding.explanation
-
-
-def _numbers(finding: Finding) -> str:
-    return "; ".join(f"{name} {value:.3g}" for name, value in finding.evidence.items())

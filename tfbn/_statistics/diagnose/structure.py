@@ -1,5 +1,6 @@
 """How a model uses its batch normalization layers: the `training` they receive, and what feeds them."""
 
+import collections
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ class Structure:
         forced: They run in training mode although the model is called with ``training=False``.
         ignored: They run in inference mode in `fit`, although it trains the model.
         overridden: They are inside a part of the model that is called with ``training=False``, and run in
-            training mode all the same.
+            training mode nevertheless.
         behind_noise: A layer that is random in training, such as dropout, is somewhere before them.
         behind_rectifier: A ReLU is between the previous batch normalization layer and them.
         masked: They receive a mask.
@@ -55,25 +56,19 @@ def structure_of(
     noisy = random_layers(model)
     seen = _Trace(layers, noisy)
     seen.run(lambda batch: (forward or run_model)(model, batch), spec)
-    found = {
-        "called": seen.called,
-        "behind_noise": seen.behind_noise,
-        "behind_rectifier": seen.behind_rectifier,
-        "masked": seen.masked,
-    }
+    found = seen.found
+    in_training = found.pop("in_training", set())
     if forward is None:
         learning = [layer for layer in layers if not statistics_are_frozen(layer)]
         training = _Trace(learning, [])
         # As `fit` does: it passes `training` only to a `call` that takes it.
         takes_training = "training" in inspect.signature(model.call).parameters
         training.run(lambda batch: run_model(model, batch, training=takes_training), spec)
-        live = {name_of(layer) for layer in learning}
         inference_asked = {name_of(layer) for layer in _called_with_training_false(model)}
-        found |= {
-            "forced": seen.in_training & live,
-            "ignored": training.called - training.in_training - inference_asked,
-            "overridden": training.in_training & inference_asked,
-        }
+        trained = training.found["in_training"]
+        found["forced"] = in_training & {name_of(layer) for layer in learning}
+        found["ignored"] = training.found["called"] - trained - inference_asked
+        found["overridden"] = trained & inference_asked
     return Structure(**{name: frozenset(names) for name, names in found.items()})
 
 
@@ -81,7 +76,7 @@ def random_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
     """Returns the layers that are random in training: dropout, noise, augmentation."""
     return [
         layer
-        for layer in walk(model, set())
+        for layer in walk(model)
         if any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values())
     ]
 
@@ -90,20 +85,14 @@ class _Trace:
     """Observes the calls of layers while a model is traced.
 
     Attributes:
-        called: The names of the batch normalization layers that were called.
-        in_training: Those that received ``training=True``.
-        behind_noise, behind_rectifier, masked: See `Structure`.
+        found: The names of layers, by the attributes of `Structure`, and those that run "in_training".
     """
 
     def __init__(self, layers: Sequence[BatchNormLayer], noisy: Sequence[keras.layers.Layer]):
         self._layers = layers
         self._noisy = noisy
         self._outputs: dict[Any, bool] = {}  # by reference: whether noise is before or in it
-        self.called: set[str] = set()
-        self.in_training: set[str] = set()
-        self.behind_noise: set[str] = set()
-        self.behind_rectifier: set[str] = set()
-        self.masked: set[str] = set()
+        self.found: dict[str, set[str]] = collections.defaultdict(set)
 
     def run(self, forward: Callable[[Any], Any], spec: Any) -> None:
         def trace(batch: Any) -> None:
@@ -117,25 +106,20 @@ class _Trace:
             tf.function(trace, autograph=False).get_concrete_function(spec)
 
     def _observe(
-        self,
-        layer: BatchNormLayer,
-        call: Any,
-        inputs: Any,
-        training: Any = None,
-        mask: Any = None,
+        self, layer: BatchNormLayer, call: Any, inputs: Any, training: Any = None, mask: Any = None
     ) -> tf.Tensor:
-        name = name_of(layer)
-        self.called.add(name)
-        if is_true(training):
-            self.in_training.add(name)
-        if mask is not None:
-            self.masked.add(name)
         x = tf.convert_to_tensor(inputs)
         noise, operations = self._before(x)
-        if noise:
-            self.behind_noise.add(name)
-        if operations & RECTIFIERS:
-            self.behind_rectifier.add(name)
+        observed = {
+            "called": True,
+            "in_training": is_true(training),
+            "masked": mask is not None,
+            "behind_noise": noise,
+            "behind_rectifier": bool(operations & RECTIFIERS),
+        }
+        for what, holds in observed.items():
+            if holds:
+                self.found[what].add(name_of(layer))
         # What it computes does not matter here.
         output = tf.identity(tf.cast(x, layer.compute_dtype))
         self._outputs[output.ref()] = noise

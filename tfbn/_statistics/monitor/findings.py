@@ -9,25 +9,26 @@ import numpy as np
 
 from tfbn._models.signature import signature_of
 from tfbn._statistics.diagnose import causes
-from tfbn._statistics.diagnose.causes import CAUSES, Cause
+from tfbn._statistics.diagnose.cause import Cause
+from tfbn._statistics.diagnose.causes import CAUSES
 from tfbn._statistics.diagnose.evidence import LayerEvidence, of_weights
 from tfbn._statistics.diagnose.finding import Finding
 from tfbn._statistics.diagnose.model_evidence import LOG_VARIANCE_RATIO, MEAN_SHIFT, ModelEvidence
 from tfbn._statistics.diagnose.signs import of_statistics, of_use, of_values
 from tfbn._statistics.diagnose.signs.sign import Sign
 from tfbn._statistics.diagnose.structure import Structure, structure_of
-from tfbn._statistics.monitor.observation import BatchEstimate
+from tfbn._statistics.monitor.estimate import BatchEstimate
 from tfbn._statistics.monitor.snapshot import Snapshot, WatchedLayers
 from tfbn._support.reports import count
 
 PATIENCE = 16
-"""So many updates without a change are not chance."""
+"""After this many updates without a change, it is not chance."""
 CERTAIN = 2.0
-"""So many times the limits of a diagnosis are more than its healthy trainings, and short ones, ever showed."""
+"""How many times the limits of a diagnosis are certain. No healthy or short training reached them."""
 MANY = 0.25
 """Behind a ReLU, networks that train well had 6 to 25 % of a layer's channels constant: a diagnosis reports that."""
 IN_A_ROW = 3
-"""In so many observations in a row, what depends on the data must show."""
+"""How many observations in a row must show what depends on the data."""
 
 STANDING = Cause(
     kind="statistics_stand_still",
@@ -47,12 +48,20 @@ class Findings:
         layers: Its layers.
         start: Their statistics when the training began.
         late: Whether they were created by the first step, and these statistics are those after it.
+        found: What was found before.
 
     Attributes:
         found: The findings so far.
     """
 
-    def __init__(self, model: keras.Model, layers: WatchedLayers, start: Snapshot, late: bool):
+    def __init__(
+        self,
+        model: keras.Model,
+        layers: WatchedLayers,
+        start: Snapshot,
+        late: bool,
+        found: list[Finding],
+    ):
         self._model = model
         self._layers = layers
         self._start = start
@@ -61,7 +70,7 @@ class Findings:
         self._lagging = np.zeros(len(layers.names), int)
         self._structure: Structure | None = None
         self._traced = False
-        self.found: list[Finding] = []
+        self.found = found
 
     def add(self, finding: Finding | None) -> None:
         """Adds a finding, if it is the first of its kind."""
@@ -94,8 +103,7 @@ class Findings:
         long_enough = (updates >= PATIENCE) | (last & (updates > 1))
         if not np.isfinite(now.mean + now.spread).all():
             self._add(
-                of_values.not_finite_statistics,
-                of_values.not_finite_statistics(self._evidence()),
+                of_values.not_finite_statistics, of_values.not_finite_statistics(self._evidence())
             )
         self._standing_still(layers.learns & ~moved_layers & long_enough)
         constant, all_flat = (layers.sums(times >= 2).astype(int) for times in self._flat)
@@ -103,9 +111,8 @@ class Findings:
         mostly_alone = 2 * constant < layers.sizes
         alone = (all_flat == layers.sizes) & mostly_alone & layers.learns
         self._single_values(alone)
-        if (
-            not alone.any()
-        ):  # A single value is normalized to beta: the layers behind are fed a constant.
+        # A single value is normalized to beta, so the layers after it are fed a constant.
+        if not alone.any():
             self._constant_channels(constant)
         if planned is not None:
             since = BatchEstimate.between(layers, self._start, now, updates)
@@ -229,7 +236,7 @@ class Findings:
                 spec = (signature_of(self._model).structure,)
                 self._structure = structure_of(self._model, self._layers.layers, None, spec)
                 self._traced = True
-            except Exception:  # A model that cannot be traced apart keeps its secret.
+            except Exception:  # Without a trace, the findings are those that need none.
                 self._structure = Structure()
         return self._structure
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from tfbn._models.walk import BatchNormLayer, batch_norm_layers, name_of, statistics_are_frozen
+from tfbn._models.walk import BatchNormLayer, batch_norm_layers, learns_statistics, name_of
 
 RESOLUTION = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11}
 """How far rounding moves a number at most, relative to it. Other dtypes have that of bfloat16."""
@@ -46,7 +46,7 @@ class WatchedLayers:
         self.layers = [layer for layer in batch_norm_layers(model) if layer.built]
         self.names = [name_of(layer) for layer in self.layers]
         self.sizes = np.array([int(np.prod(layer.moving_mean.shape)) for layer in self.layers], int)
-        self.learns = np.array([_learns(layer) for layer in self.layers], bool)
+        self.learns = np.array([learns_statistics(layer) for layer in self.layers], bool)
         self.epsilon = self.to_channels([layer.epsilon for layer in self.layers])
         self.resolution = self.to_channels(
             [RESOLUTION.get(str(layer.moving_mean.dtype), 2.0**-8) for layer in self.layers]
@@ -104,7 +104,3 @@ class WatchedLayers:
             else:
                 values.append(np.asarray(variable.numpy(), np.float64).ravel())
         return np.concatenate(values)
-
-
-def _learns(layer: BatchNormLayer) -> bool:
-    return not statistics_are_frozen(layer) and layer.momentum != 1

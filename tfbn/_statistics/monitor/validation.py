@@ -13,14 +13,15 @@ from tfbn._models.intercept import isolated_tracing
 from tfbn._models.walk import BatchNormLayer
 from tfbn._moments.moments import Moments
 from tfbn._statistics.diagnose.batch_mode import batch_statistics
-from tfbn._statistics.diagnose.causes import PREPARE, Cause
+from tfbn._statistics.diagnose.cause import Cause
+from tfbn._statistics.diagnose.causes import PREPARE
 from tfbn._statistics.diagnose.evidence import of_weights
 from tfbn._statistics.diagnose.finding import Finding
 from tfbn._statistics.diagnose.model_evidence import LOG_VARIANCE_RATIO, MEAN_SHIFT
 from tfbn._statistics.diagnose.signs.sign import Sign
 from tfbn._statistics.layer_call import values
+from tfbn._statistics.monitor.estimate import BatchEstimate
 from tfbn._statistics.monitor.findings import CERTAIN
-from tfbn._statistics.monitor.observation import BatchEstimate
 from tfbn._statistics.monitor.snapshot import WatchedLayers
 from tfbn._statistics.plan import run_model
 

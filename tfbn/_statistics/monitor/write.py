@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn._statistics.diagnose.model_evidence import MEAN_SHIFT
-from tfbn._statistics.monitor.observation import LayerRecord
+from tfbn._statistics.monitor.record import LayerRecord
 from tfbn._support.reports import plain
 
 _COLORS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]])
@@ -19,7 +19,16 @@ _COLORS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [
 _UNKNOWN = np.array([128, 128, 128])
 _MOST_COLUMNS = 256
 _SIDE = 512
-"""The picture is at least so many pixels wide and high."""
+"""How many pixels wide and high the picture is, at least."""
+
+
+def writes_files(strategy: tf.distribute.Strategy) -> bool:
+    """Whether this process is the one of all workers that writes."""
+    resolver = strategy.cluster_resolver
+    if resolver is None:
+        return True
+    first = not resolver.cluster_spec().as_dict().get("chief") and resolver.task_id == 0
+    return resolver.task_type in (None, "", "chief") or (resolver.task_type == "worker" and first)
 
 
 def summary(layers: Sequence[LayerRecord]) -> dict[str, float]:
@@ -56,9 +65,12 @@ class TensorBoardWriter:
 
     Args:
         log_dir: The directory.
+        model: The name of the model. Tags leave it out: Keras numbers models without a name, and runs that are
+            compared must have the same tags.
     """
 
-    def __init__(self, log_dir: str | os.PathLike[str]):
+    def __init__(self, log_dir: str | os.PathLike[str], model: str):
+        self._model = model
         self._writer = tf.summary.create_file_writer(os.fspath(log_dir))
         self._names: list[str] = []
         self._shifts: list[list[float]] = []
@@ -72,7 +84,7 @@ class TensorBoardWriter:
         for layer in layers:
             for name, value in dataclasses.asdict(layer).items():
                 if isinstance(value, int | float) and math.isfinite(value):
-                    tag = f"bn_{name}/{layer.layer}"
+                    tag = f"bn_{name}/{layer.layer.removeprefix(self._model + '/')}"
                     values.append(tf.compat.v1.Summary.Value(tag=tag, simple_value=float(value)))
         with self._writer.as_default():
             tf.summary.experimental.write_raw_pb(

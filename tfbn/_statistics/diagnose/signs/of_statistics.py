@@ -14,11 +14,12 @@ from tfbn._statistics.diagnose.model_evidence import ModelEvidence, is_off
 from tfbn._statistics.diagnose.signs.sign import (
     Layers,
     Sign,
-    all_to_blame,
     compared,
     distances,
     explained_by,
+    harm,
     named,
+    off_sign,
 )
 from tfbn._support.reports import count
 
@@ -68,12 +69,8 @@ def masks_ignored(model: ModelEvidence) -> Sign | None:
     ]
     if not explained or np.median(explained) < 0.8:
         return None
-    effect = (
-        "The weights were trained that way, and recalibrating would raise the loss."
-        if model.recalibrating_harms
-        else ""
-    )
-    return Sign(masked, distances(masked), {"effect": effect})
+    effect = "The weights were trained that way, and recalibrating would raise the loss."
+    return off_sign(masked, {"effect": harm(model, effect)})
 
 
 LAG = 0.03
@@ -137,7 +134,7 @@ def variance_shift(model: ModelEvidence) -> Sign | None:
     explained = [explained_by(c, noisy[layer.layer]) for layer, c in compared(model, behind)]
     if not explained or np.median(explained) < 0.6:
         return None
-    return Sign(behind, distances(behind))
+    return off_sign(behind)
 
 
 FEW_EXAMPLES = 16
@@ -153,7 +150,7 @@ def unlike_batches(model: ModelEvidence) -> Sign | None:
         for layer, c in compared(model, layers)
         if layer.layer in between
     ]
-    return Sign(layers, distances(layers)) if gains and np.median(gains) > 0.02 else None
+    return off_sign(layers) if gains and np.median(gains) > 0.02 else None
 
 
 def small_batches(model: ModelEvidence) -> Sign | None:
@@ -182,9 +179,7 @@ def noisy_statistics(model: ModelEvidence) -> Sign | None:
         if layer.momentum is not None and layer.momentum < 0.5 and layer.examples
         if layer.mean_shift > 2 * layer.sampling_error
     ]
-    if not quick:
-        return None
-    return Sign(quick, distances(quick), {"momentum": min(layer.momentum or 0 for layer in quick)})
+    return off_sign(quick, {"momentum": min((layer.momentum or 0 for layer in quick), default=0)})
 
 
 def rescaled_inputs(model: ModelEvidence) -> Sign | None:
@@ -205,15 +200,14 @@ def _rescaled(model: ModelEvidence, scale: float) -> Sign:
 
 
 def averaged_weights(model: ModelEvidence) -> Sign | None:
-    return all_to_blame(model) if model.averages_weights else None
+    return off_sign(model.to_blame) if model.averages_weights else None
 
 
 PRUNED = 0.1
 
 
 def pruned_weights(model: ModelEvidence) -> Sign | None:
-    sign = all_to_blame(model) if model.zeros > PRUNED else None
-    return sign and sign._replace(words={"zeros": model.zeros})
+    return off_sign(model.to_blame, {"zeros": model.zeros}) if model.zeros > PRUNED else None
 
 
 def changed_epsilon(model: ModelEvidence) -> Sign | None:
@@ -225,7 +219,7 @@ def changed_epsilon(model: ModelEvidence) -> Sign | None:
         return None
     if model.losses.gain(f"epsilon={epsilon:g}", over="inference") < 0.5 * model.gain:
         return None
-    return Sign(model.to_blame, distances(model.to_blame), {"epsilon": epsilon})
+    return off_sign(model.to_blame, {"epsilon": epsilon})
 
 
 def changed_weights(model: ModelEvidence) -> Sign | None:
@@ -241,8 +235,8 @@ def changed_weights(model: ModelEvidence) -> Sign | None:
         "last": max(before, key=lambda layer: layer.level).layer,
         "first": min(off, key=lambda layer: layer.level).layer,
     }
-    return Sign(off, distances(off), words)
+    return off_sign(off, words)
 
 
 def other_data_or_weights(model: ModelEvidence) -> Sign | None:
-    return all_to_blame(model)
+    return off_sign(model.to_blame)

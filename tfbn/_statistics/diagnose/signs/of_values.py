@@ -29,7 +29,7 @@ def not_finite_inputs(model: ModelEvidence) -> Sign | None:
 
 
 FEW = 0.05
-"""So many constant channels, relative to all of a layer, are usual."""
+"""The fraction of constant channels in a layer that is usual."""
 
 
 def constant_layer(model: ModelEvidence) -> Sign | None:

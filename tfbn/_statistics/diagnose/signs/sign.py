@@ -41,8 +41,14 @@ def named(model: ModelEvidence, names: Iterable[str]) -> Sign | None:
     return Sign(layers, {"layers": len(layers)}) if layers else None
 
 
-def all_to_blame(model: ModelEvidence) -> Sign | None:
-    return Sign(model.to_blame, distances(model.to_blame)) if model.to_blame else None
+def off_sign(layers: Layers, words: Mapping[str, Any] | None = None, **more: Any) -> Sign | None:
+    """The sign that these layers are off, if there are any."""
+    return Sign(layers, distances(layers), words or {}, **more) if layers else None
+
+
+def harm(model: ModelEvidence, text: str) -> str:
+    """This text if recalibrating raises the loss."""
+    return text if model.recalibrating_harms else ""
 
 
 def compared(model: ModelEvidence, layers: Layers) -> list[tuple[LayerEvidence, Comparison]]:
