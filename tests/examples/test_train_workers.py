@@ -19,7 +19,11 @@ def command(*options: str, **environment: str) -> subprocess.CompletedProcess[st
     """Runs the command as a user would, from another folder."""
     return subprocess.run(
         [sys.executable, str(ROOT / "examples" / "train_workers.py"), *options],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ['PYTHONPATH']}",
+            **environment,
+        },
         cwd=ROOT.parent,
         capture_output=True,
         text=True,

@@ -7,6 +7,7 @@ A thread tunes the parallelism of each `tf.data` iterator, and sleeps longer and
 processors it misses the end of the iterator, whose deletion then waits for it: nothing here tunes.
 """
 
+import atexit
 import gc
 import sys
 
@@ -26,6 +27,7 @@ finally:
     gc.freeze()
     gc.enable()
     gc.set_threshold(50_000, 20, 10)
+    atexit.register(gc.freeze)  # Or the end of the process looks through everything once more.
 
 _iterate = tf.data.Dataset.__iter__
 
