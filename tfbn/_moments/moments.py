@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from tfbn._support.keras_internals import compiling_with_xla
+
 
 class Moments(NamedTuple):
     """The number of values, their mean, and their biased variance (divided by the count).
@@ -52,6 +54,16 @@ def sum_over(x: tf.Tensor, reduced: Sequence[int]) -> tf.Tensor:
     for axis in reversed(reduced):
         x = tf.reduce_sum(x, axis)
     return x
+
+
+def sum_of_products(a: tf.Tensor, b: tf.Tensor, reduced: Sequence[int]) -> tf.Tensor:
+    """The sum of a·b over some axes, which must be ascending."""
+    products = a * b
+    if compiling_with_xla() and products.shape.rank - 1 in reduced:
+        # On a CPU, XLA sums products along the last axis in windows, several times slower than what its library
+        # sums. It hands a selection to the library. This one changes no value.
+        products = tf.where(tf.equal(products, 0), tf.zeros([], products.dtype), products)
+    return sum_over(products, reduced)
 
 
 def reduced_axes(rank: int, axes: Sequence[int]) -> list[int]:
@@ -115,22 +127,16 @@ def moments(
     x = tf.cast(x, dtype)
     n = count(x, axes, mask)
 
-    def average(values: tf.Tensor) -> tf.Tensor:
-        return tf.math.divide_no_nan(sum_over(values, reduced), n)
-
     if mask is None:
         shift = first_value(x, axes) if any_shift else median_of_three(x, axes)
     else:
-        shift = average(zero_where_masked(x, mask))
+        shift = divided_by_count(sum_over(zero_where_masked(x, mask), reduced), n)
     # A constant: another shift changes the offset by as much, so it has no gradient.
     shift = tf.stop_gradient(shift)
     deviation = zero_where_masked(x - along(shift, x, axes), mask)
-    offset = average(deviation)
-    # The offset as a constant spares the gradient a pass over x, where its part is a sum of deviations: 0.
-    # The second derivative lacks that part. The last term, whose value and gradient are 0, restores it.
-    constant = tf.stop_gradient(offset)
-    squares = tf.math.squared_difference(deviation, along(constant, x, axes))
-    variance = average(zero_where_masked(squares, mask)) - tf.square(offset - constant)
+    offset = divided_by_count(sum_over(deviation, reduced), n)
+    centred = zero_where_masked(deviation - along(offset, x, axes), mask)
+    variance = divided_by_count(sum_of_products(centred, centred, reduced), n)
     return shift, Moments(n, offset, variance)
 
 
@@ -186,6 +192,14 @@ def merge_all(shifts: tf.Tensor, parts: Moments) -> tuple[tf.Tensor, Moments]:
     )
     variance = tf.reduce_sum(weights * spread, 0)
     return shift, Moments(tf.reduce_sum(parts.count, 0), mean, variance)
+
+
+def divided_by_count(values: tf.Tensor, n: tf.Tensor) -> tf.Tensor:
+    """Divides by a count; 0 where it is 0."""
+    known = tf.get_static_value(n)
+    if known is not None and (known > 0).all():
+        return values / n
+    return tf.math.divide_no_nan(values, n)
 
 
 def first_value(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:

@@ -7,7 +7,7 @@ the first row that applies decides.
 case                                         training                         inference
 ===========================================  ===============================  ================================
 channel axes that cannot be broadcast        transposed, then again           transposed, then again
-under XLA                                    formula ¹; synchronized: formula formula ¹
+under XLA                                    formula                          formula ¹
 a mask, float64, channels of unknown number  formula                          formula ¹
 the output of a Conv2D, channels last, CPU   as the rows below                fused, as it is ²
 a small tensor on a CPU                      formula; eagerly as the rows     formula ¹
@@ -35,12 +35,15 @@ somewhere between 65,536 values (`SMALL`) and 100,000. With channels on axis 1, 
 values took 12 ms through two transpositions and 20 by the formula (Keras 25). Eager inference of 8×8×8×16 values
 took 0.77 ms by the kernel and 0.41 by the formula (Keras 0.40).
 
-XLA compiles the fused kernel badly, two to seven times slower than Keras's formula. It differentiates the
-formula itself: from a gradient written by hand it computed the same products several times. It also reduces
-twice as fast in a view with few axes. What the formula's accuracy at large means costs there: the median that
-the shift is takes 10 % of a training step on 32×64×56×56 values with channels on axis 1; x·s + t would be one
+XLA compiles the fused kernel badly, two to seven times slower than Keras's formula. What it makes of a formula
+depends on the operation that ends it. On a CPU it hands a float32 sum of at least 32,768 values to a library, unless
+the values are a product, a view or a cast: these it sums in windows, along the last axis at half of the speed. And
+where dx is a product, it computes dx anew in each sum of the layer before: 2 to 8 times the time. So the formula's
+gradient is written by hand, ends in a difference, and sums products behind a selection (`sum_of_products`). It also
+sums twice as fast in a view with few axes. What the formula's accuracy at large means costs there: the median that
+the shift is takes 8 % of a training step on 32×64×56×56 values with channels on axis 1; x·s + t would be one
 multiply-add in inference, where (x − μ)·s + β is a subtraction more. That shows where XLA joins several layers
-in one loop (8 layers on 8×8×28×28×32 values: 0.8 times Keras's speed).
+in one loop (8 layers on 8×8×28×28×32 values: 0.8 times Keras's speed; one layer: not slower).
 
 The kernel's time depends on the view. (positions, 1, 1, channels) took up to half of the time of (N, H, W, C)
 and of (1, positions, 1, channels); but each position has a price of its own there, which short rows share:
@@ -115,8 +118,7 @@ def _training(x: tf.Tensor, over: Normalization) -> tuple[View, Train]:
     if reshape.interleaved(x, over.axes):
         return reshape.transposed(x, over), normalize_batch
     if compiling_with_xla():
-        run = trained_by(Formula) if over.synchronized else formula.train
-        return reshape.merged(x, over), run
+        return reshape.merged(x, over), trained_by(Formula)
     if not _kernels_take(x, over):
         return reshape.unchanged(over), trained_by(Formula)
     on_gpu = _on_gpu()

@@ -21,15 +21,24 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tfbn._moments import replicas
-from tfbn._moments.moments import Moments, along, moments, reduced_axes, sum_over
+from tfbn._moments.moments import (
+    Moments,
+    along,
+    divided_by_count,
+    moments,
+    reduced_axes,
+    sum_of_products,
+    sum_over,
+)
 from tfbn._normalize.kernel import Gradients, Normalization
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs beside x: the mean in two parts, which keep its digits."""
+    """What the backward pass needs beside x: the mean in two parts, which keep its digits, and 1 / σ."""
 
     shift: tf.Tensor
     moments: Moments
+    s: tf.Tensor
 
 
 class Formula:
@@ -43,27 +52,32 @@ class Formula:
     ) -> tuple[tf.Tensor, Moments, Saved]:
         axes = self._over.axes
         shift, relative = batch_moments(x, self._over)
-        centred = centre(tf.cast(x, gamma.dtype), shift, relative.mean, axes)
-        scale = gamma * tf.math.rsqrt(relative.variance + self._over.epsilon)
-        y = tf.cast(centred * along(scale, x, axes) + along(beta, x, axes), x.dtype)
-        return y, relative._replace(mean=shift + relative.mean), Saved(shift, relative)
+        s = tf.math.rsqrt(relative.variance + self._over.epsilon)
+        scale = gamma * s
+        # It does not cancel: the mean relative to the shift is small.
+        offset = beta - relative.mean * scale
+        deviation = tf.cast(x, gamma.dtype) - along(shift, x, axes)
+        y = tf.cast(deviation * along(scale, x, axes) + along(offset, x, axes), x.dtype)
+        return y, relative._replace(mean=shift + relative.mean), Saved(shift, relative, s)
 
     def backward(self, saved: Saved, dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor) -> Gradients:
-        axes, epsilon, mask, _ = self._over
-        shift, relative = saved
+        axes, _, mask, _ = self._over
+        shift, (n, mean, _), s = saved
         dtype = gamma.dtype
         dy = tf.cast(dy, dtype)
-        centred = centre(tf.cast(x, dtype), shift, relative.mean, axes)
-        s = tf.math.rsqrt(relative.variance + epsilon)
+        centred = centre(tf.cast(x, dtype), shift, mean, axes)
         reduced = reduced_axes(x.shape.rank, axes)
-        sum_dy, sum_dy_centred = sum_over(dy, reduced), sum_over(dy * centred, reduced)
+        sum_dy, sum_dy_centred = sum_over(dy, reduced), sum_of_products(dy, centred, reduced)
         total_dy, total_dy_centred = sum_over_replicas([sum_dy, sum_dy_centred], self._over)
-        mean_dy = tf.math.divide_no_nan(total_dy, relative.count)
-        slope = tf.math.divide_no_nan(tf.square(s) * total_dy_centred, relative.count)
-        through_statistics = along(mean_dy, x, axes) + centred * along(slope, x, axes)
+        # Each term has its factor. As a product of one factor and a difference, dx took XLA twice as long, where it
+        # joins this to the sums over dx of the layer before.
+        scale = gamma * s
+        through_mean = scale * divided_by_count(total_dy, n)
+        slope = scale * divided_by_count(tf.square(s) * total_dy_centred, n)
+        through_statistics = centred * along(slope, x, axes) + along(through_mean, x, axes)
         if mask is not None:
             through_statistics = tf.where(mask, through_statistics, tf.zeros([], dtype))
-        dx = along(gamma * s, x, axes) * (dy - through_statistics)
+        dx = along(scale, x, axes) * dy - through_statistics
         return tf.cast(dx, x.dtype), s * sum_dy_centred, sum_dy
 
     def inference(
@@ -101,26 +115,6 @@ class Formula:
         return along(gamma * s, x, axes) * dy, dgamma, sum_over(dy, reduced)
 
 
-def train(
-    x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, over: Normalization
-) -> tuple[tf.Tensor, Moments]:
-    r"""Normalizes x by its own moments, in operations that TensorFlow differentiates correctly to any order.
-
-    It ignores ``over.synchronized``. It computes :math:`(x - c) s\gamma + (\beta - (\mu - c) s\gamma)` with the
-    shift :math:`c`: one multiply-add that does not cancel, because :math:`\mu - c` is small.
-    """
-    axes, epsilon, mask, _ = over
-    # Cast once, so that the gradient is rounded to half precision once.
-    values = tf.cast(x, gamma.dtype)
-    # XLA computes the shift again for each value. In half precision the cheaper one does.
-    shift, relative = moments(values, axes, mask, any_shift=x.dtype != values.dtype)
-    scale = gamma * tf.math.rsqrt(relative.variance + epsilon)
-    offset = beta - relative.mean * scale
-    deviation = values - along(shift, x, axes)
-    y = tf.cast(deviation * along(scale, x, axes) + along(offset, x, axes), x.dtype)
-    return y, relative._replace(mean=shift + relative.mean)
-
-
 def infer(
     x: tf.Tensor,
     mean: tf.Tensor,
@@ -146,7 +140,8 @@ def infer(
 
 def batch_moments(x: tf.Tensor, over: Normalization) -> tuple[tf.Tensor, Moments]:
     """A shift, and the moments of the batch relative to it: of this replica's batch, or of all of them."""
-    shift, relative = moments(x, over.axes, over.mask)
+    # XLA computes the shift again for each value. In half precision the cheaper one does.
+    shift, relative = moments(x, over.axes, over.mask, any_shift=x.dtype.size < 4)
     return replicas.all_reduce_merge(shift, relative) if over.synchronized else (shift, relative)
 
 
