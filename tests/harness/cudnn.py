@@ -23,8 +23,10 @@ def forward(
     variance: tf.Tensor,
     epsilon: float,
     is_training: bool,
+    exponential_avg_factor: float = 1.0,
     data_format: str = "NHWC",
 ) -> tuple[tf.Tensor, ...]:
+    assert exponential_avg_factor == 1  # The mean and variance are those of the batch.
     assert x.shape.rank == 4
     assert x.shape[0] is None or x.shape[0] <= MOST_EXAMPLES[is_training]
     values, over = tf.cast(x, tf.float32), _reduced(data_format)

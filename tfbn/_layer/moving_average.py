@@ -28,5 +28,6 @@ def update_moving_average(variable: keras.Variable, value: tf.Tensor, rate: tf.T
     the bit.
     """
     old = tf.convert_to_tensor(variable)
-    kept = tf.math.multiply_no_nan(old, 1 - rate)
-    variable.assign(kept + tf.math.multiply_no_nan(value, rate))
+    # The raw operation takes half of the time eagerly.
+    kept = tf.raw_ops.MulNoNan(x=old, y=1 - rate)
+    variable.assign(kept + tf.raw_ops.MulNoNan(x=value, y=rate))

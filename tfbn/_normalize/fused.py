@@ -117,7 +117,7 @@ def kernel(
 
     On a CPU the first two of these are the mean and the biased variance.
     """
-    nothing = tf.zeros([0])
+    nothing = tf.constant([], tf.float32)
     return tf.raw_ops.FusedBatchNormV3(
         x=x,
         scale=gamma,
@@ -125,6 +125,7 @@ def kernel(
         mean=nothing,
         variance=nothing,
         epsilon=epsilon,
+        exponential_avg_factor=1.0,  # As in the default, an integer, but TensorFlow runs it faster eagerly.
         data_format=data_format,
         is_training=True,
     )
@@ -146,6 +147,7 @@ def normalized_by(
         mean=mean,
         variance=variance,
         epsilon=epsilon,
+        exponential_avg_factor=1.0,
         is_training=False,
     )
     return y
@@ -162,7 +164,7 @@ def gradient(
     data_format: str = "NHWC",
 ) -> Gradients:
     """The kernel of the gradient. ``saved`` holds the tensors that the forward kernel reserved for it."""
-    reserve = [*saved, tf.zeros([0])][:3]
+    reserve = [*saved, tf.constant([], tf.float32)][:3]
     dx, dgamma, dbeta, *_ = tf.raw_ops.FusedBatchNormGradV3(
         y_backprop=dy,
         x=x,
