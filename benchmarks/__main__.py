@@ -1,7 +1,7 @@
 r"""Measures batch normalization layers against each other.
 
 Examples:
-    python -m benchmarks                                # everything: about 20 minutes
+    python -m benchmarks                                # everything: about 12 minutes
     python -m benchmarks --quick                        # a first look: about 2 minutes
     python -m benchmarks compare main HEAD              # two commits
     python -m benchmarks --minutes 9                    # a part; with --resume, the next part
@@ -16,7 +16,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,8 @@ def settings(options: argparse.Namespace) -> Settings:
     """How to measure, as the command line says."""
     return Settings(
         turns=3 if options.quick else 7,
-        seconds=0.03 if options.quick else 0.1,
+        seconds=0.03 if options.quick else 0.05,
+        network_turns=5 if options.quick else 30,
         threads=options.threads or _cores(),
         keep_memory=options.malloc == "keep",
     )
@@ -52,11 +55,15 @@ def run(options: argparse.Namespace) -> None:
     how = settings(options)
     found: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "contenders": list(options.contenders),
-        "settings": {"turns": how.turns, "seconds": how.seconds},
+        "contenders": list(options.contenders or contenders.DEFAULT),
+        "settings": {
+            "turns": how.turns,
+            "seconds": how.seconds,
+            "network_turns": how.network_turns,
+        },
         "results": [],
     }
-    with Race(options.contenders, how) as race:
+    with Race(found["contenders"], how) as race:
         if not race.device:
             sys.exit(f"error: nobody to measure: {race.left_out}")
         chosen = selection(options, on_gpu=race.device["device"] == "gpu")
@@ -77,8 +84,11 @@ def run(options: argparse.Namespace) -> None:
 
         missing = [case for case in chosen if not results.has(found, cases.described(case))]
         in_time = itertools.takewhile(lambda case: time.monotonic() < deadline, missing)
-        left = len(missing) - len(race.run(in_time, keep))
+        who = partial(contenders.of, names=options.contenders)
+        left = len(missing) - len(race.run(in_time, keep, who))
         found["left_out"] |= race.left_out
+    if with_default_malloc(options) and name == "cpu" and not left:
+        left = measure_with_default_malloc(how, found, keep, deadline)
     found["contenders"] = [n for n in found["contenders"] if n not in found["left_out"]]
     results.save(found, path)
     found = results.load(path)  # Everything else is generated from the JSON.
@@ -86,6 +96,35 @@ def run(options: argparse.Namespace) -> None:
         present(found, options.output / name)
     if left:
         print(f"{left} cases are left: the same command with --resume goes on")
+
+
+def with_default_malloc(options: argparse.Namespace) -> bool:
+    """Whether to measure some cases again with the C library's own settings: in a run of everything."""
+    return (
+        options.suite == "all"
+        and options.malloc == "keep"
+        and not options.quick
+        and not (options.contenders or options.shapes or options.models)
+    )
+
+
+def measure_with_default_malloc(
+    how: Settings, found: dict[str, Any], keep: Callable[[dict], None], deadline: float
+) -> int:
+    """Measures the cases that users have with no environment variables; returns how many are left."""
+
+    def renamed(result: dict[str, Any]) -> dict[str, Any]:
+        return result | {"suite": cases.MALLOC_SUITES[result["suite"]]}
+
+    missing = [
+        case
+        for case in cases.default_malloc_cases()
+        if not results.has(found, renamed(cases.described(case)))
+    ]
+    in_time = itertools.takewhile(lambda case: time.monotonic() < deadline, missing)
+    how = replace(how, keep_memory=False, network_turns=how.network_turns // 3)
+    with Race(contenders.FEW, how) as race:
+        return len(missing) - len(race.run(in_time, lambda result: keep(renamed(result))))
 
 
 def present(found: dict[str, Any], path: Path) -> None:
@@ -146,9 +185,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.quick:
         for name, value in cases.QUICK.items():
             setattr(options, name, getattr(options, name) or value)
-    options.contenders = options.contenders or (
-        contenders.QUICK if options.quick else contenders.DEFAULT
-    )
+        options.contenders = options.contenders or contenders.QUICK
     for shape in options.shapes or ():
         try:
             cases.parse_shape(shape)

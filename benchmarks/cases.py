@@ -82,6 +82,9 @@ QUICK = {
     "precisions": ("float32",),
 }
 """What --quick measures where the command line does not say."""
+MALLOC_SHAPES = ("32x56x56x64", "256x1024", "32x64x56x56@1")
+MALLOC_SUITES = {"layers": "layers, default malloc", "models": "models, default malloc"}
+"""What is measured again with the C library's own settings, and how JSON calls it."""
 GPU_BATCHES = {"ResNet20": 1024, "MobileNetV2": 256, "ResNet50": 256}
 # The width and height of the images.
 SIZES = {
@@ -135,6 +138,12 @@ def model_cases(
             batches.items(), precisions, phases, modes
         )
     ]
+
+
+def default_malloc_cases() -> list[Case]:
+    """Returns the training steps that are measured again with the C library's own settings."""
+    kind = (["float32"], ["train"], ["graph"])
+    return [*layer_cases(MALLOC_SHAPES, *kind), *model_cases(CPU_BATCHES, *kind)]
 
 
 def described(case: Case) -> dict[str, Any]:

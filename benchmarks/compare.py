@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import command_line, contenders
 from benchmarks.race import Race
-from benchmarks.results import geometric_mean, value
+from benchmarks.results import geometric_mean, ratios, value
 from benchmarks.tables import table
 
 
@@ -42,7 +42,8 @@ def summary(found: Sequence[dict[str, Any]], before: str, after: str) -> str:
         then, now = value(result, before), value(result, after)
         if then and now:
             case = " ".join(result[key] for key in ("subject", "precision", "phase", "mode"))
-            rows.append((then / now, case, then, now))
+            ratio = ratios([result], before, after)[result["subject"]]
+            rows.append((ratio, case, then, now))
     if not rows:
         return "No case ran at both commits."
     shown = [

@@ -1,11 +1,12 @@
 """The contenders, and what each of them needs."""
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import DEPTH, Case, ModelCase
+from benchmarks.cases import DEPTH, Case, LayerCase, ModelCase
 from benchmarks.program import LeftOut, Program
 
 LAYER_CLASSES = {
@@ -17,6 +18,8 @@ LAYER_CLASSES = {
 FLOORS = ("floor", "floor_cached")
 DEFAULT = ("keras", "tf_keras", "torch", "tfbn", "identity", *FLOORS)
 QUICK = ("keras", "tf_keras", "tfbn")
+FEW = ("keras", "tfbn")
+"""The contenders of layers under XLA and eagerly, and of all with the C library's own settings, by default."""
 _COMMITS = Path("build/benchmarks/commits")
 
 
@@ -83,6 +86,13 @@ class Contender:
         return (
             {"device": "gpu", "gpu": names[0], "gpus": len(names)} if names else {"device": "cpu"}
         )
+
+
+def of(case: Case, names: Sequence[str] | None) -> Sequence[str] | None:
+    """The contenders of a case: those named; by default all (None), but few of a layer under XLA and eagerly."""
+    if names is None and isinstance(case, LayerCase) and case.mode != "graph":
+        return FEW
+    return names
 
 
 def load(name: str) -> Contender:

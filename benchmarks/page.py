@@ -39,7 +39,7 @@ def section(run: dict[str, Any]) -> str:
     """Formats a run for the page of numbers. Parts without results are left out."""
     if "suite" in run:
         return importlib.import_module(f"benchmarks.{run['suite']}").section(run)
-    parts = [setting(run), _layers(run), _ratios(run), _models(run)]
+    parts = [setting(run), _layers(run), _ratios(run), _models(run), _default_malloc(run)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -108,11 +108,43 @@ def _models(run: dict[str, Any]) -> str:
             images = f"{r['batch']} of {sizes[r['subject']]}×{sizes[r['subject']]}"
             what = f"{r['subject']}, {images}, {phase}, {mode}, {precision}"
             entries = [f"{_number(value(r, n))} ({_number(value(r, n, 'peak_mb'))})" for n in names]
-            rows.append([what, *entries, _number(ratios([r], "keras", OURS).get(r["subject"]))])
+            others = [_number(ratios([r], n, OURS).get(r["subject"])) for n in names if n != OURS]
+            rows.append([what, *entries, *others])
     if not rows:
         return ""
     return "Milliseconds per step (and peak memory in MB):\n\n" + table(
-        ["", *(COLUMNS[name] for name in names), "Keras 3 / tfbn"], rows
+        [
+            "",
+            *(COLUMNS[name] for name in names),
+            *(f"{COLUMNS[name]} / tfbn" for name in names if name != OURS),
+        ],
+        rows,
+    )
+
+
+def _default_malloc(run: dict[str, Any]) -> str:
+    rows = []
+    for suite, again in cases.MALLOC_SUITES.items():
+        kept = ratios(
+            select(run, suite=suite, phase="train", mode="graph", precision="float32"),
+            "keras",
+            OURS,
+        )
+        for r in select(run, suite=again):
+            rows.append(
+                [
+                    r["subject"].replace("x", "×") if suite == "layers" else r["subject"],
+                    *(_number(value(r, name)) for name in ("keras", OURS)),
+                    _number(ratios([r], "keras", OURS).get(r["subject"])),
+                    _number(kept.get(r["subject"])),
+                ]
+            )
+    if not rows:
+        return ""
+    return (
+        "Every contender above runs with variables that make the C library keep freed memory. Without them, as users "
+        "run it, in milliseconds per training step (of a layer, or of a network), graph mode and float32:\n\n"
+        + table(["", "Keras 3", "tfbn", "Keras 3 / tfbn", "with memory kept"], rows)
     )
 
 

@@ -11,6 +11,8 @@ WARM_STEPS = 3
 # Steps shorter than this are timed in groups: such a short time measures the clock, or on a GPU the
 # round trip, rather than the work.
 SAMPLE_SECONDS = {"cpu": 0.005, "gpu": 0.05}
+# A step that takes longer is one sample a turn: caches do not matter to it.
+LONG_SECONDS = 0.1
 
 
 class LeftOut(Exception):
@@ -52,6 +54,8 @@ class Program:
         times: list[float] = []
         while len(times) < WARM_STEPS or sum(times) < warm_seconds:
             times.append(self._timed(1))
+            if times[-1] > LONG_SECONDS:
+                break
         self._step_seconds = float(np.median(times))
         self._steps = max(1, round(SAMPLE_SECONDS[self.device] / self._step_seconds))
         return {
@@ -66,7 +70,12 @@ class Program:
         return {} if megabytes is None else {"peak_mb": megabytes}
 
     def turn(self, seconds: float) -> list[float]:
-        """Returns milliseconds per part, from at least two samples that take about ``seconds`` in total."""
+        """Returns milliseconds per part, from at least two samples that take about ``seconds`` in total.
+
+        From one, if a step takes longer than `LONG_SECONDS`.
+        """
+        if self._step_seconds > LONG_SECONDS:
+            return [1e3 * self._timed(1) / self.parts]
         self._timed(1)  # Refill the caches, which other contenders have used since the last turn.
         count = max(2, round(seconds / (self._steps * self._step_seconds)))
         return [1e3 * self._timed(self._steps) / self.parts for _ in range(count)]

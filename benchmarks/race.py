@@ -28,6 +28,7 @@ class Settings:
 
     Attributes:
         turns: Number of turns per contender.
+        network_turns: Number of turns per contender of a network's training step.
         seconds: Approximate seconds per turn; at least two samples.
         threads: Number of threads per contender.
         keep_memory: Whether the C library keeps freed memory, for every contender.
@@ -37,6 +38,12 @@ class Settings:
     seconds: float
     threads: int
     keep_memory: bool = True
+    network_turns: int = 30
+
+    def turns_of(self, case: Case) -> int:
+        return (
+            self.network_turns if case.suite == "models" and case.phase == "train" else self.turns
+        )
 
 
 class Worker:
@@ -124,36 +131,46 @@ class Race:
     def __exit__(self, *exception: object) -> None:
         self._end()
 
-    def run(self, cases: Iterable[Case], report: Callable[[dict], None]) -> list[dict[str, Any]]:
-        """Measures the cases in order, and passes each result to ``report`` at once."""
+    def run(
+        self,
+        cases: Iterable[Case],
+        report: Callable[[dict], None],
+        names: Callable[[Case], Sequence[str] | None] = lambda case: None,
+    ) -> list[dict[str, Any]]:
+        """Measures the cases in order, and passes each result to ``report`` at once.
+
+        ``names`` gives the contenders of a case; None stands for all.
+        """
         results = []
         for case in cases:
             if self._at not in ("", case.worker):
                 self._end()
             self._at = case.worker
             self._start()
-            result = described(case) | {"contenders": self._measure(case)}
+            result = described(case) | {"contenders": self._measure(case, names(case))}
             report(result)
             results.append(result)
         return results
 
-    def _measure(self, case: Case) -> dict[str, Any]:
+    def _measure(self, case: Case, names: Sequence[str] | None) -> dict[str, Any]:
         found: dict[str, dict[str, Any]] = {}
-        samples: dict[str, list[float]] = {}
-        for name in [name for name in self._names if name in self._workers]:
+        samples: dict[str, list[list[float]]] = {}
+        for name in [n for n in self._names if n in self._workers and n in (names or self._names)]:
             answer = self._ask(name, "start", (case, self.settings.seconds), START_SECONDS, found)
             if answer is not None:
                 found[name] = answer
                 samples[name] = []
-        for turn in range(self.settings.turns):
+        for place in range(self.settings.turns_of(case)):
             # The first contender of one turn is the last of the next.
-            names = [name for name in samples if "failed" not in found[name]]
-            for name in np.roll(names, -turn).tolist():
+            running = [name for name in samples if "failed" not in found[name]]
+            for name in np.roll(running, -place).tolist():
                 answer = self._ask(name, "turn", self.settings.seconds, TURN_SECONDS, found)
-                samples[name] += answer or []
-        for name, times in samples.items():
+                samples[name].append(answer or [])
+        for name, turns in samples.items():
             if "failed" not in found[name]:
+                times = [sample for turn in turns for sample in turn]
                 quartiles = np.percentile(times, [25, 50, 75])
+                found[name]["turns"] = [float(np.median(turn)) for turn in turns]
                 found[name] |= dict(zip(("q1", "ms", "q3"), quartiles.tolist(), strict=True))
                 found[name]["samples"] = len(times)
                 peak = self._ask(name, "memory", None, START_SECONDS, found)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,10 @@ from typing import Any
 
 def save(run: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_rounded(run), indent=1) + "\n")
+    text = json.dumps(_rounded(run), indent=1)
+    # A list of numbers is one line.
+    text = re.sub(r"\[[\s\d.,e+-]+\]", lambda numbers: " ".join(numbers[0].split()), text)
+    path.write_text(text + "\n")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -64,12 +69,19 @@ def value(result: dict[str, Any], contender: str, key: str = "ms") -> float | No
 def ratios(
     results: Iterable[dict[str, Any]], over: str, under: str, key: str = "ms"
 ) -> dict[str, float]:
-    """Returns the ratio of ``over`` to ``under`` by subject, for cases that both ran."""
+    """Returns the ratio of ``over`` to ``under`` by subject, for cases that both ran.
+
+    That of times is the median of the ratios turn by turn: what slows the machine for a while slows both.
+    """
     found = {}
     for result in results:
         above, below = value(result, over, key), value(result, under, key)
         if above is not None and below is not None:
             found[result["subject"]] = above / below
+            turns = [result["contenders"][name].get("turns", []) for name in (over, under)]
+            if key == "ms" and turns[0] and len(turns[0]) == len(turns[1]):
+                pairs = zip(*turns, strict=True)
+                found[result["subject"]] = statistics.median(a / b for a, b in pairs)
     return found
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from benchmarks.cases import MALLOC_SUITES
 from benchmarks.results import geometric_mean, ratios, select, value
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -15,7 +16,8 @@ reads x and dy twice and writes dx; inference reads x and writes y. A pass in pl
 def document(run: dict[str, Any]) -> str:
     """Returns the whole document, for the file beside the JSON."""
     parts = [f"# {title(run)}", setting(run)]
-    for suite, unit in (("layers", "a layer, in a stack of 8"), ("models", "a step")):
+    units = {"layers": "a layer, in a stack of 8", "models": "a step"}
+    for suite, unit in (units | {MALLOC_SUITES[s]: units[s] for s in units}).items():
         for phase, precision, mode in kinds(run, suite):
             results = select(run, suite=suite, phase=phase, precision=precision, mode=mode)
             parts.append(
@@ -50,9 +52,11 @@ def setting(run: dict[str, Any]) -> str:
         f"{e['memory_gib']} GiB; {e['threads']} threads" + (f"; {e['gpu']}" if "gpu" in e else ""),
         f"- Python {e['python']}, {versions}",
         f"- variables: {variables}",
-        f"- median (and quartiles) of {s['turns']} turns of about {1000 * s['seconds']:.0f} ms each, the "
-        "contenders in turn; tracing, and the first step with what it compiles, are apart; PyTorch runs "
-        "eagerly, beside graphs too",
+        f"- median (and quartiles) of {s['turns']} turns of about {1000 * s['seconds']:.0f} ms each"
+        + (f", of {s['network_turns']} to train a network" if "network_turns" in s else "")
+        + ", the contenders in turn; "
+        + ("ratios are medians of ratios turn by turn; " if "network_turns" in s else "")
+        + "tracing, and the first step with what it compiles, are apart; PyTorch runs eagerly, beside graphs too",
     ]
     lines += [f"- left out: {name}: {why}" for name, why in run["left_out"].items()]
     return "\n".join(lines)
@@ -94,7 +98,7 @@ def memory(run: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
 def comparison(run: dict[str, Any], ours: str = "tfbn") -> str:
     """Formats the ratios of the others to tfbn: above 1, tfbn is faster or needs less memory."""
     rows = []
-    for suite in ("layers", "models"):
+    for suite in ("layers", "models", *MALLOC_SUITES.values()):
         for phase, precision, mode in kinds(run, suite):
             results = select(run, suite=suite, phase=phase, precision=precision, mode=mode)
             kind = f"{suite}, {phase}, {mode}, {precision}"
