@@ -125,7 +125,7 @@ class Race:
         self._at = ""
 
     def __enter__(self) -> "Race":
-        self._start()
+        self._start(self._names)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -146,16 +146,17 @@ class Race:
             if self._at not in ("", case.worker):
                 self._end()
             self._at = case.worker
-            self._start()
-            result = described(case) | {"contenders": self._measure(case, names(case))}
+            taking_part = names(case) or self._names
+            self._start(taking_part)
+            result = described(case) | {"contenders": self._measure(case, taking_part)}
             report(result)
             results.append(result)
         return results
 
-    def _measure(self, case: Case, names: Sequence[str] | None) -> dict[str, Any]:
+    def _measure(self, case: Case, names: Sequence[str]) -> dict[str, Any]:
         found: dict[str, dict[str, Any]] = {}
         samples: dict[str, list[list[float]]] = {}
-        for name in [n for n in self._names if n in self._workers and n in (names or self._names)]:
+        for name in [n for n in self._names if n in self._workers and n in names]:
             answer = self._ask(name, "start", (case, self.settings.seconds), START_SECONDS, found)
             if answer is not None:
                 found[name] = answer
@@ -189,13 +190,13 @@ class Race:
             print(self._workers[name].messages(), file=sys.stderr, flush=True)
         return None
 
-    def _start(self) -> None:
+    def _start(self, names: Sequence[str]) -> None:
         """Starts missing processes in parallel, while nothing is measured."""
         for name, old in list(self._workers.items()):
             if not old.alive:
                 old.end()
                 del self._workers[name]
-        missing = [n for n in self._names if n not in self._workers and n not in self.left_out]
+        missing = [n for n in names if n not in self._workers and n not in self.left_out]
         started = {name: Worker(name, self.settings) for name in missing}
         self._workers |= started
         for name, new in started.items():

@@ -454,8 +454,10 @@ def test_a_run_of_everything_has_every_part_of_the_plan():
 def test_by_default_few_run_under_xla_and_eagerly_and_who_is_named_runs_everywhere():
     chosen = command.selection(command.parse([]), on_gpu=False)
     for case in chosen:
-        few = case.suite == "layers" and case.mode != "graph"
-        assert contenders.of(case, None) == (("keras", "tfbn") if few else None)
+        expected = {"graph": None}.get(case.mode, ("keras", "tfbn"))
+        if case.suite == "models":
+            expected = ("keras", "tf_keras", "tfbn")
+        assert contenders.of(case, None) == expected
         assert contenders.of(case, ["torch"]) == ["torch"]
 
 
