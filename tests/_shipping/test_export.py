@@ -129,6 +129,32 @@ class Opaque(Subclassed):
         return tf.nn.relu(super().call(x, training=training))
 
 
+def test_a_model_with_a_vocabulary_is_served(tmp_path):
+    text = keras.Input((), dtype="string")
+    words = keras.layers.TextVectorization(vocabulary=["a", "b"], output_sequence_length=3)(text)
+    hidden = keras.layers.Embedding(4, 2)(words)
+    model = keras.Model(text, keras.layers.BatchNormalization()(hidden))
+    x = tf.constant(["a b", "b c a"])
+    loaded = tf.saved_model.load(str(tfbn.export(model, tmp_path / "model", inputs=x)))
+    (served,) = loaded.serve(x).values()
+    np.testing.assert_allclose(served, model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_cannot_run_in_a_graph_is_refused(tmp_path):
+    class Asking(keras.Layer):
+        def call(self, x):
+            return x if tf.reduce_sum(x) > 0 else -x
+
+        def compute_output_shape(self, shape):
+            return shape
+
+    image = keras.Input((3,))
+    model = keras.Model(image, keras.layers.BatchNormalization()(Asking()(image)))
+    with pytest.raises(ValueError, match=r"it must run in a `tf.function`.*Received: "):
+        tfbn.export(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_that_cannot_be_traced_is_exported_unfolded_with_a_warning(tmp_path):
     model = Opaque()
     x = tf.random.stateless_normal((8, 3), (1, 2))

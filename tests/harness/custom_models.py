@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 layers = keras.layers
 registered = keras.saving.register_keras_serializable("custom_models")
@@ -240,3 +241,38 @@ class Noise(layers.Layer):
 
     def call(self, x: Any) -> Any:
         return x + keras.random.normal(keras.ops.shape(x), seed=self.generator)
+
+
+class TensorFlowState(layers.Layer):
+    """Keeps a scale, a counter and random numbers in variables of TensorFlow, and draws or counts in inference."""
+
+    def __init__(self, what: str = "scale", **kwargs: Any):
+        super().__init__(**kwargs)
+        self.what = what
+        self.variables_of_mine = {"scale": [tf.Variable(1.0)], "count": tf.Variable(0.0)}
+        self.generator = tf.random.Generator.from_seed(1)
+        self.norm = layers.BatchNormalization() if what == "norm" else None
+
+    def build(self, shape: Any) -> None:
+        if self.norm is not None:
+            self.norm.build(shape)
+
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        if self.norm is not None:
+            x = self.norm(x, training=training)
+        if self.what == "counter":
+            x = x + self.variables_of_mine["count"].assign_add(1.0)
+        if self.what == "generator":
+            x = x + self.generator.normal(tf.shape(x))
+        return x * self.variables_of_mine["scale"][0]
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "what": self.what}
+
+    def state(self) -> list[Any]:
+        values = [
+            *self.variables_of_mine["scale"],
+            self.variables_of_mine["count"],
+            self.generator.state,
+        ]
+        return [value.numpy() for value in values]

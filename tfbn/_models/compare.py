@@ -1,5 +1,7 @@
 """Comparing the outputs of two models, and drawing the inputs to compare them on."""
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -7,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn._models.intercept import isolated_tracing
+from tfbn._models.tensorflow_state import tensorflow_variables
 from tfbn._models.walk import walk
 from tfbn._support.checks import is_number
 
@@ -67,15 +70,38 @@ def random_inputs(specs: Any, batch_size: int) -> Any:
     return keras.tree.map_structure(draw, specs)
 
 
-def outputs(model: keras.Model, inputs: Any) -> tuple[Any, keras.StatelessScope]:
-    """Calls a model in inference, and changes nothing.
+def outputs(model: keras.Model, inputs: Any) -> Any:
+    """Calls a model in inference, and changes nothing."""
+    return _call(model, inputs)[0]
 
-    Returns:
-        Its outputs, and a scope with the new values of the variables that the call would change, such as the
-        seeds of random layers and the states of recurrent layers.
-    """
-    with isolated_tracing(), keras.StatelessScope() as scope:
-        return model(inputs, training=False), scope
+
+def changes_variables(model: keras.Model, inputs: Any) -> bool:
+    """Whether calls in inference change variables: seeds of random layers, states of recurrent layers."""
+    return _call(model, inputs)[1]
+
+
+def _call(model: keras.Model, inputs: Any) -> tuple[Any, bool]:
+    variables = _tensorflow_variables(model)
+    with _restored(variables) as before:
+        with isolated_tracing(), keras.StatelessScope() as scope:
+            found = model(inputs, training=False)
+        same = map(np.array_equal, variables, before)
+        return found, bool(scope.state_mapping) or not all(same)
+
+
+def _tensorflow_variables(model: keras.Model) -> list[tf.Variable]:
+    return [variable for layer in walk(model) for variable in tensorflow_variables(layer)]
+
+
+@contextlib.contextmanager
+def _restored(variables: Sequence[Any]) -> Iterator[list[tf.Tensor]]:
+    """Restores variables on exit. Yields their values."""
+    before = [tf.identity(variable) for variable in variables]
+    try:
+        yield before
+    finally:
+        for variable, value in zip(variables, before, strict=True):
+            variable.assign(value)
 
 
 def difference(expected: Any, actual: Any) -> float:
@@ -95,7 +121,8 @@ def difference(expected: Any, actual: Any) -> float:
 
 def advice(model: keras.Model, inputs: Any, tolerance: float) -> str:
     """What to do when the outputs of a model differ from those of its copy by more than the tolerance."""
-    apart = difference(*(model(inputs, training=False) for _ in range(2)))
+    with _restored([*model.non_trainable_variables, *_tensorflow_variables(model)]):
+        apart = difference(*(model(inputs, training=False) for _ in range(2)))
     if apart > tolerance:
         return (
             f"The outputs of the model are random: two calls on the same inputs differ by {apart:.2g}. Draw the "
@@ -103,7 +130,7 @@ def advice(model: keras.Model, inputs: Any, tolerance: float) -> str:
             "tolerance=float('inf') to skip the comparison."
         )
     nudged = keras.tree.map_structure(_nudged, inputs)
-    rounding = difference(outputs(model, inputs)[0], outputs(model, nudged)[0])
+    rounding = difference(outputs(model, inputs), outputs(model, nudged))
     if 10 * rounding > tolerance:  # Each layer rounds, so there is more of it than from one.
         return (
             f"The model amplifies rounding: inputs that differ in the last bit change its outputs by {rounding:.2g}. "

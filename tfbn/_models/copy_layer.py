@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from tfbn._models.functional import is_custom
+from tfbn._models.tensorflow_state import tensorflow_variables
 from tfbn._models.walk import layers_inside, walk
 from tfbn._support.checks import first_line
 from tfbn._support.keras_internals import copy_path
@@ -123,12 +124,15 @@ def _own(kind: str, layer: keras.layers.Layer) -> list[keras.Variable]:
 
 
 def check_weights(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    """Checks that a copy has weights of its own with the shapes of those of the original.
+    """Checks that a copy has weights and variables of its own with the shapes of those of the original.
 
     Raises:
         ValueError: If it does not.
     """
-    shapes = [[tuple(weight.shape) for weight in _own("weights", layer)] for layer in (old, new)]
+    shapes = [
+        [tuple(v.shape) for v in (*_own("weights", layer), *tensorflow_variables(layer))]
+        for layer in (old, new)
+    ]
     if shapes[0] != shapes[1]:
         kind = type(old).__name__
         raise ValueError(
@@ -139,12 +143,15 @@ def check_weights(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
 
 
 def move_weights(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    """Assigns the weights and random seeds of one layer to another, except those of the layers inside them."""
+    """Assigns the variables of one layer, random seeds too, to another, except those of the layers inside them."""
     copy_path(old, new)
     # The weights come first. A layer may create its seed in a call.
     for source, target in zip(_own("variables", old), _own("variables", new), strict=False):
         target.assign(source)
         copy_path(source, target)  # A constructor numbers layers without a name anew.
+    variables = zip(tensorflow_variables(old), tensorflow_variables(new), strict=True)
+    for value, variable in variables:
+        variable.assign(value)
 
 
 def move_state(old: keras.layers.Layer, new: keras.layers.Layer) -> None:

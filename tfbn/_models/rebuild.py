@@ -27,6 +27,7 @@ from tfbn._models.functional import (
 )
 from tfbn._models.recorded import record_batch_norms
 from tfbn._models.replace_layers import swap_children
+from tfbn._models.tensorflow_state import tensorflow_variables
 from tfbn._models.walk import layers_inside, walk
 from tfbn._support.checks import first_line
 from tfbn._support.keras_internals import layers_in
@@ -236,7 +237,7 @@ class Copies:
             ) from error
         for old in inside or [layer]:
             self._add(old, old)
-        if inside and layer.weights:
+        if inside and (layer.weights or any(map(tensorflow_variables, inside))):
             self._shared.append(error)
         return layer
 

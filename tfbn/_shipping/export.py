@@ -14,7 +14,7 @@ import tensorflow as tf
 from tfbn._models import compare
 from tfbn._models.fused_part import fused_parts
 from tfbn._models.signature import Signature, signature_of
-from tfbn._models.walk import batch_norm_layers, children, require_model, walk
+from tfbn._models.walk import batch_norm_layers, require_model, walk
 from tfbn._normalize.by_hand import without_gradients
 from tfbn._shipping import model_card
 from tfbn._shipping.atomic_directory import atomic_directory
@@ -24,6 +24,7 @@ from tfbn._shipping.fold.report import FoldReport
 from tfbn._shipping.fold.trace import TraceError
 from tfbn._shipping.fuse.fuse import unfuse
 from tfbn._support import html
+from tfbn._support.checks import first_line
 from tfbn._support.progress import Progress, prints_result
 from tfbn._support.reports import Report, plain
 
@@ -189,7 +190,7 @@ def write_saved_model(
             examples = [compare.random_inputs(signature.structure, size) for size in (1, 3)]
         else:
             examples = [inputs]
-        changes = bool(compare.outputs(served, examples[0])[1].state_mapping)
+        changes = compare.changes_variables(served, examples[0])
         _write(served, signature, folder, constant=not changes)
         progress.tick()
         loaded = tf.saved_model.load(str(folder))
@@ -239,8 +240,8 @@ def _write(model: keras.Model, signature: Signature, folder: Path, *, constant: 
 
     archive = keras.export.ExportArchive()
     for layer in walk(model):
-        if layer.built and not layer.weights and not list(children(layer)):
-            archive.track(layer)  # It may hold a lookup table, as preprocessing layers do.
+        if layer.built and not layer.weights:
+            archive.track(layer)  # It may hold a lookup table, or a layer that does.
     try:
         with without_gradients():  # Otherwise, loading warns that gradients were not saved.
             archive.add_endpoint("serve", serve, signature.inputs)
@@ -249,6 +250,13 @@ def _write(model: keras.Model, signature: Signature, folder: Path, *, constant: 
         raise OSError(
             f"TensorFlow cannot write the SavedModel. Received: {type(error).__name__}: {error.message} "
             "Free some disk space, or choose another path."
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # `call` is user code, which can raise anything.
+        raise ValueError(
+            f"Cannot write the model '{model.name}' of class {type(model).__name__} as a SavedModel: it must run in a "
+            f"`tf.function`, and use only resources that its layers hold. Received: {first_line(error)}"
         ) from error
 
 
@@ -262,5 +270,5 @@ def _difference(model: keras.Model, signature: Signature, loaded: Any, inputs: A
         for name, x, spec in zip(names, flat, signature.inputs, strict=True)
     }
     outputs = served(**given)
-    expected = keras.tree.flatten(compare.outputs(model, inputs)[0])
+    expected = keras.tree.flatten(compare.outputs(model, inputs))
     return compare.difference(expected, [outputs[spec.name] for spec in signature.outputs])

@@ -85,6 +85,29 @@ def test_a_custom_layer_that_cannot_be_opened_is_kept_whole_and_reported():
     assert len(batch_norm_layers(new)) == 1
 
 
+@pytest.mark.parametrize("loop", [False, True])
+def test_a_custom_layer_with_a_branch_or_a_loop_is_kept_whole(loop):
+    class Choosing(layers.Layer):
+        def build(self, shape):
+            self.norm = Norm(name="norm")
+            self.norm.build(shape)
+
+        def call(self, x, training=None):
+            if loop:
+                return keras.ops.fori_loop(0, 2, lambda _, y: self.norm(y + x), x)
+            enough = keras.ops.sum(x) > -1e9
+            return keras.ops.cond(enough, lambda: self.norm(x, training=training), lambda: x)
+
+    x = image()
+    model = randomize(keras.Model(x, Norm()(layers.Dense(4)(Choosing(name="choosing")(x)))))
+    new = folded(model)
+    kept, gone = new.report.rows
+    assert kept.reason.startswith(
+        "it is inside 'choosing' (Choosing), which is kept whole: ValueError"
+    )
+    assert gone.outcome == "folded into the preceding layer"
+
+
 def test_a_subclassed_model_is_folded_if_its_call_can_be_traced():
     class Net(keras.Model):
         def __init__(self) -> None:

@@ -33,7 +33,7 @@ def difference_of(
     Raises:
         FoldError: If the difference is larger than the tolerance.
     """
-    difference = compare.difference(*(compare.outputs(m, inputs)[0] for m in (model, new)))
+    difference = compare.difference(*(compare.outputs(m, inputs) for m in (model, new)))
     if not difference <= tolerance:
         raise FoldError(
             f"The {what} model gives other outputs than the model. "

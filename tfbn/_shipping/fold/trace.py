@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from inspect import signature
+from types import FunctionType
 from typing import Any
 
 import keras
@@ -153,7 +154,20 @@ def _flat_graph_of_call(layer: keras.layers.Layer, args: list[Any], inputs: Any)
     model = keras.Model(inputs, outputs)
     if any(inner.weights and id(inner) not in known for inner in model.layers):
         raise ValueError("it creates layers in its call")
-    return _flat_graph(model)
+    graph = _flat_graph(model)
+    if any(
+        map(_takes_functions, graph.calls)
+    ):  # They may use tensors that are not among its inputs.
+        raise ValueError("it has a branch or a loop, such as `keras.ops.cond`")
+    return graph
+
+
+def _takes_functions(call: Call) -> bool:
+    """Whether an operation, which is not a layer, runs functions."""
+    if isinstance(call.operation, keras.Layer):
+        return False
+    held = [call.args, call.kwargs, list(vars(call.operation).values())]
+    return any(isinstance(value, FunctionType) for value in keras.tree.flatten(held))
 
 
 def _inputs_of(model: keras.Model) -> Any:
