@@ -47,6 +47,10 @@ test-models: ## run every tool on models of other packages, in an environment of
 fuzz: $(VENV)/ready ## 10,000 random layers and batches against the oracle and Keras: half an hour
 	$(python) tests/harness/fuzz.py $(FUZZ_ARGS)
 
+.PHONY: test-keras
+test-keras: $(VENV)/ready ## Keras's own tests of models with batch normalization, with tfbn's layer: some minutes
+	$(python) tests/harness/keras_suite.py
+
 .PHONY: demo
 demo: $(VENV)/ready ## train on handwritten digits and export the model
 	$(python) examples/train_digits.py
