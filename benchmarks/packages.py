@@ -33,8 +33,14 @@ SECONDS = 600.0
 REASONS = {
     "keras-hub DeepLabV3ImageSegmenter": "`clone_model` makes a model whose weights have another "
     "order, with Keras's layers as with tfbn's.",
-    "medicai TransUNet": "Its layer `ResizingND` asks in Python whether a tensor is true, so "
-    "TensorFlow cannot trace the model in a graph, which recalibration and export need.",
+    "medicai DeepLabV3Plus, TransUNet": "Their layer `ResizingND` asks in Python whether a tensor is "
+    "true, so TensorFlow cannot trace the models in a graph, which recalibration and export need.",
+    "keras-hub BASNetImageSegmenter, kimm RepVGGA0, zeromodels Res2Net": "With random weights they "
+    "amplify rounding: inputs that differ in the last bit change the outputs by 1e-5 (RepVGGA0) to "
+    "1e-4 (Res2Net). The default tolerance, 1e-4, leaves no room for that; `tolerance=1e-3` does.",
+    "keras-vision FastViT-T8": "`get_config` of its layer `ConvFFN` returns `dropout_val`, which its "
+    "constructor does not take. So neither `convert` nor Keras can create the layer again. freeze, "
+    "fold, inspect, recalibrate and export ran with Keras's layers.",
 }
 """What the errors of a model come from."""
 TOOLS = ("convert", "load", "clone", "freeze", "fold", "inspect", "recalibrate", "export")
