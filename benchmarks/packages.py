@@ -39,8 +39,8 @@ REASONS = {
     "amplify rounding: inputs that differ in the last bit change the outputs by 2e-4, 1e-5 and 2e-4, "
     "and each of 61 to 85 layers rounds. The default tolerance, 1e-4, leaves no room for that.",
     "keras-vision FastViT-T8": "`get_config` of its layer `ConvFFN` returns `dropout_val`, which its "
-    "constructor does not take. So neither `convert` nor Keras can create the layer again. freeze, "
-    "fold, inspect, recalibrate and export ran with Keras's layers.",
+    "constructor does not take, so Keras cannot create the layer again. `convert` replaces all 70 "
+    "layers by tfbn's, and refuses the way back.",
 }
 """What the errors of a model come from."""
 AMPLIFIED = {"keras-hub BASNetImageSegmenter": 1.9e-4, "zeromodels Res2Net": 1.6e-4}
