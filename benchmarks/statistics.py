@@ -3,7 +3,8 @@
     python -m benchmarks.statistics               # two networks and the check: some minutes
     python -m benchmarks.statistics ResNet50      # only this one; the others keep their results
 
-Networks run in processes of their own. Writes JSON, and Markdown beside it.
+Networks run in processes of their own, and so does each way of which the peak memory is measured. Writes JSON,
+and Markdown beside it.
 """
 
 import datetime
@@ -21,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 import tfbn
-from benchmarks import command_line, environment, models, results
+from benchmarks import command_line, environment, memory, models, results
 from benchmarks.tables import table
 from tfbn._layer import moving_average
 from tfbn._moments.moments import Moments
@@ -32,6 +33,15 @@ NETWORKS = {"MobileNetV2": 32, "ResNet50": 64}
 IMAGES, BATCH, CLASSES = 1437, 64, 10
 PASS, POPULATION, DIAGNOSE = 1.5, 2, 3
 """How many times as long each may take: a pass as an evaluation, the others as `upstream="batch"`."""
+PEAKS: dict[str, Callable[[keras.Model, tf.data.Dataset], Any]] = {
+    "evaluate": lambda model, data: model.evaluate(data, verbose=0),
+    "batch": lambda model, data: tfbn.recalibrate(model, data, upstream="batch"),
+    "memory": lambda model, data: tfbn.recalibrate(model, data, cache="memory"),
+    "disk": lambda model, data: tfbn.recalibrate(model, data, cache="disk"),
+    # Slow, and what it holds at once does not grow with the data.
+    "none": lambda model, data: tfbn.recalibrate(model, data.take(3), cache="none"),
+}
+"""Of what the peak memory is measured."""
 UPDATES = 20
 """How often the averages are updated in a turn: a single update is too short to be timed."""
 
@@ -43,18 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/statistics.json"))
     parser.add_argument("--here", action="store_true", help="one network, in this process, as JSON")
+    parser.add_argument("--peak", choices=list(PEAKS), help="with --here: only its peak memory")
     options = parser.parse_args(arguments)
     tf.config.threading.set_intra_op_parallelism_threads(options.threads)
     if options.here:
         (name,) = options.networks
-        print(json.dumps(network(name, options.turns)))
+        here = peak(name, options.peak) if options.peak else network(name, options.turns)
+        print(json.dumps(here))
         return 0
     found = results.by_network(options.output)
     for name in options.networks or list(NETWORKS):
-        command = [sys.executable, "-m", "benchmarks.statistics", name, "--here"]
-        command += ["--turns", str(options.turns), "--threads", str(options.threads)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[name] = json.loads(done.stdout.splitlines()[-1])
+        found[name] = in_a_process(name, "--turns", options.turns, "--threads", options.threads)
+        found[name]["peaks"] = {way: in_a_process(name, "--peak", way) for way in PEAKS}
         run = {
             "suite": "statistics",
             "date": datetime.date.today().isoformat(),
@@ -73,8 +83,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def in_a_process(name: str, *arguments: Any) -> Any:
+    command = [sys.executable, "-m", "benchmarks.statistics", name, "--here", *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def network(name: str, turns: int) -> dict[str, Any]:
-    """Measures one network of `keras.applications` on random images."""
+    """Times what it costs to maintain the statistics of a network."""
+    model, data = prepared(name)
+    norms = [x for x in model.layers if isinstance(x, keras.layers.BatchNormalization)]
+    return {
+        "network": name,
+        "size": NETWORKS[name],
+        "layers": len(norms),
+        "turns": turns,
+        "seconds": recalibration(model, data, turns),
+    }
+
+
+def peak(name: str, way: str) -> float | None:
+    """Returns the peak megabytes of the process, the model and the data included."""
+    model, data = prepared(name)
+    return memory.peak(lambda: PEAKS[way](model, data))
+
+
+def prepared(name: str) -> tuple[keras.Model, tf.data.Dataset]:
+    """Returns a network of `keras.applications`, and random images."""
     size = NETWORKS[name]
     random = np.random.default_rng(0)
     images = random.normal(size=(IMAGES, size, size, 3)).astype("float32")
@@ -85,14 +120,7 @@ def network(name: str, turns: int) -> dict[str, Any]:
     )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("adam", loss, metrics=["accuracy"])
-    norms = [x for x in model.layers if isinstance(x, keras.layers.BatchNormalization)]
-    return {
-        "network": name,
-        "size": size,
-        "layers": len(norms),
-        "turns": turns,
-        "seconds": recalibration(model, data, turns),
-    }
+    return model, data
 
 
 def recalibration(model: keras.Model, data: tf.data.Dataset, turns: int) -> dict[str, float]:
@@ -131,13 +159,21 @@ def section(run: dict[str, Any]) -> str:
                 f"{s['diagnose'] / s['batch']:.2f} (≤ {DIAGNOSE})",
             ]
         )
+    peak_head = ["`evaluate`", '`upstream="batch"`', *(f'`cache="{c}"`' for c in list(PEAKS)[2:])]
+    peaks = [
+        [r["network"], *(f"{megabytes:,.0f}" for megabytes in r["peaks"].values())]
+        for r in run["results"]
+    ]
     head = ["", "`evaluate`", '`upstream="batch"`', "default (exact)", "`diagnose`"]
     head += ["a pass with batch / evaluate", "exact / batch", "diagnose / batch"]
     versions = ", ".join(f"{n} {e['versions'][n]}" for n in ("tensorflow", "keras"))
     return (
         f"CPU seconds for {run['images']} images in batches of {run['batch']}, tracing included (`evaluate`: after "
         f"it); {e['processor']}, {e['threads']} threads; {versions}; {run['date']}. Medians of the turns. "
-        "In brackets: what a run must reach.\n\n" + table(head, rows)
+        "In brackets: what a run must reach.\n\n" + table(head, rows) + "\n\n"
+        "Peak megabytes of a process that does nothing else, TensorFlow, the network and the images included. "
+        '`cache="none"` had three batches; it keeps nothing between them.\n\n'
+        + table(["", *peak_head], peaks)
     )
 
 

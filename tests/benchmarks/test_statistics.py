@@ -39,10 +39,14 @@ def test_a_row_for_each_network():
     seconds = statistics.recalibration(model, data, 1)
     assert all(value > 0 for value in seconds.values())
     result = {"network": "Tiny", "size": 3, "layers": 2, "turns": 1, "seconds": seconds}
+    result["peaks"] = {
+        way: statistics.PEAKS[way](model, data) and 7654.0 for way in statistics.PEAKS
+    }
     run = {"environment": environment.described(1), "date": "today", "results": [result]}
     text = statistics.section(run | {"images": 8, "batch": 4})
     row = next(line for line in text.splitlines() if "Tiny" in line)
     assert f"{seconds['diagnose'] / seconds['batch']:.2f} (≤ 3)" in row
+    assert text.count("7,654") == len(statistics.PEAKS)
 
 
 def test_the_check_is_measured_against_updates_without_it(monkeypatch):
