@@ -164,8 +164,9 @@ def _explained(forward: Forward) -> Forward:
 
 def _check_preprocessing(model: keras.layers.Layer) -> None:
     """Raises if the model preprocesses its inputs in `predict`, but not when it is called."""
-    own = getattr(type(model), "predict", None) is not keras.Model.predict
-    if own and getattr(model, "preprocessor", None) is not None:
+    predict = getattr(type(model), "predict", None)
+    overridden = predict not in (None, keras.Model.predict)
+    if overridden and getattr(model, "preprocessor", None) is not None:
         raise ValueError(
             "The model preprocesses its inputs in `fit` and `predict`, but not when it is called. Preprocess "
             "the data with `data.map(model.preprocessor)`, and pass a `forward` such as "
