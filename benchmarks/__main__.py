@@ -1,7 +1,7 @@
 r"""Measures batch normalization layers against each other.
 
 Examples:
-    python -m benchmarks                                # everything: about 12 minutes
+    python -m benchmarks                                # everything: about 15 minutes
     python -m benchmarks --quick                        # a first look: about 2 minutes
     python -m benchmarks compare main HEAD              # two commits
     python -m benchmarks --minutes 9                    # a part; with --resume, the next part
