@@ -150,17 +150,7 @@ def step(kind: str, shape: Sequence[int], depth: int) -> Callable[[], Any]:
     layers = [layer_class() for _ in range(depth)]
     for layer in layers:
         layer.build(shape)
-    variables = [variable for layer in layers for variable in layer.trainable_variables]
-
-    @tf.function(autograph=False)
-    def train(x: Any) -> Any:
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = x
-            for layer in layers:
-                y = layer(y, training=True)
-        return tape.gradient(y, [x, *[v.value for v in variables]], output_gradients=x)
-
+    train = tf.function(scaling.training_step(layers), autograph=False)
     x = tf.random.stateless_normal(shape, (0, 0))
     return lambda: train(x)[-1].numpy()
 

@@ -16,7 +16,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,16 +130,7 @@ class step:
             layers = [layer_class(synchronized="synchronized" in kind) for _ in range(depth)]
             for layer in layers:
                 layer.build(shape)
-        variables = [variable for layer in layers for variable in layer.trainable_variables]
-
-        def train(x: Any) -> Any:
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                y = x
-                for layer in layers:
-                    y = layer(y, training=True)
-            return tape.gradient(y, [x, *[v.value for v in variables]], output_gradients=x)
-
+        train = training_step(layers)
         function = tf.function(lambda x: strategy.run(train, (x,)), autograph=False)
         operations = function.get_concrete_function(x).graph.get_operations()
         total = sum(operation.type.startswith("Collective") for operation in operations)
@@ -152,6 +143,23 @@ class step:
 
 
 # The model of costs
+
+
+def training_step(layers: Sequence[Any]) -> Callable[[Any], Any]:
+    """Returns a function that runs built layers one after the other, and computes all gradients."""
+    import tensorflow as tf
+
+    variables = [variable for layer in layers for variable in layer.trainable_variables]
+
+    def train(x: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = x
+            for layer in layers:
+                y = layer(y, training=True)
+        return tape.gradient(y, [x, *[v.value for v in variables]], output_gradients=x)
+
+    return train
 
 
 def all_reduce(size: float, replicas: int, latency: float, bandwidth: float) -> float:
