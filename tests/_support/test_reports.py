@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tfbn._support.reports import Report, count, plain
+from tfbn._support.reports import Report, count, percent, plain
 
 
 def test_json_holds_no_nan_and_no_infinity():
@@ -27,3 +27,11 @@ def test_a_notebook_shows_the_markdown():
 )
 def test_a_count_agrees_with_its_noun(number, text):
     assert count(number, "batch", "batches") == text
+
+
+@pytest.mark.parametrize(
+    ("fraction", "text"),
+    [(1, "100%"), (0.698, "70%"), (0.0951, "10%"), (0.0112, "1.1%"), (0.002, "0.2%")],
+)
+def test_a_small_percentage_has_a_second_digit(fraction, text):
+    assert percent(fraction) == text

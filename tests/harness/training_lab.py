@@ -19,6 +19,7 @@ LAYERS = {"keras": layers.BatchNormalization, "tfbn": tfbn.BatchNormalization}
 PIXELS = {"small": 8, "resnet20": 16, "mobilenetv2": 32}
 EPOCHS = {"small": 20, "resnet20": 20, "mobilenetv2": 20}
 BATCH = 64
+MOMENTUM = {"small": 0.99, "resnet20": 0.99, "mobilenetv2": 0.97}
 RATE = {"small": 3e-3, "resnet20": 3e-3, "mobilenetv2": 2e-3}
 CLASSES = 10
 TRAINING = 1437  # examples; the rest is for validation
@@ -155,7 +156,7 @@ def network(name: str, norm: Any, **options: Any) -> keras.Model:
     head_dropout = options.pop("head_dropout", 0.0)
     first = options.pop("first", ())
     shape = options.pop("shape", (PIXELS[name], PIXELS[name], 3))
-    norm = functools.partial(norm, **{"momentum": 0.99, **options})
+    norm = functools.partial(norm, **{"momentum": MOMENTUM[name], **options})
     image = keras.Input(shape)
     x: Any = image
     for layer in first:

@@ -79,6 +79,11 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def percent(fraction: float) -> str:
+    """Returns "70%" or "1.1%": small fractions with a second digit."""
+    return f"{fraction:.0%}" if fraction >= 0.095 else f"{100 * fraction:.2g}%"
+
+
 def count(number: int, one: str, many: str | None = None) -> str:
     """Returns a number with its noun: ``1 batch``, ``2 batches``, ``1,437 examples``.
 

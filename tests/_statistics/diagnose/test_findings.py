@@ -91,6 +91,33 @@ def test_after_the_cure_there_is_no_finding(lab):
     assert not tfbn.diagnose(model, lab.train)
 
 
+def test_one_percent_of_the_initial_variance_is_much_where_the_true_one_is_small():
+    """As in the depthwise convolutions of MobileNetV2. Only layers of small inputs show it."""
+    image = keras.Input((6,))
+    x = layers.BatchNormalization(name="large")(image)
+    scales = (0.05, 0.02, 0.1)
+    for number, scale in enumerate(scales):
+        x = layers.BatchNormalization(name=f"small{number}")(layers.Rescaling(scale)(x))
+    model = keras.Model(image, x)
+    data = RNG.normal(1, 1, size=(512, 6)).astype("float32")
+    tfbn.recalibrate(model, data)
+
+    def pull_variances(weights: tuple[float, ...]) -> None:
+        for layer, weight in zip(model.layers[1::2], weights, strict=True):
+            layer.moving_variance.assign(weight + (1 - weight) * layer.moving_variance)
+
+    right = model.get_weights()
+    pull_variances((0.011,) * 4)
+    (finding,) = tfbn.diagnose(model, data).findings
+    assert finding.kind == "lagging_statistics"
+    assert finding.layers == ("small0", "small1", "small2")
+    assert finding.evidence["initial_weight"] == pytest.approx(0.011, rel=0.15)
+    assert "1.1%" in finding.explanation
+    model.set_weights(right)
+    pull_variances((0, 0.011, 0.002, 0.02))  # No number of steps leaves different weights.
+    assert "lagging_statistics" not in kinds(tfbn.diagnose(model, data))
+
+
 def test_every_cause_but_the_ambiguous_ones_has_a_case():
     found = {kind for case in CASES.values() for kind in case.expected}
     elsewhere = {"shared_domains", "dead_gammas", "replicas_diverged", "loss_gap"}

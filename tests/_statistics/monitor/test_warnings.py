@@ -129,6 +129,14 @@ def test_a_short_training_lags_too():
     assert "lagging_statistics" in text
 
 
+def test_one_percent_of_the_initial_variance_is_much_beside_a_small_one():
+    layer = tfbn.BatchNormalization(momentum=0.9)
+    (text,) = warned(network(layer, first=(layers.Rescaling(0.02),)))
+    assert text.startswith("warning: lagging_statistics (")
+    assert "1.5% of them will still be the initial values" in text
+    assert warned(network(tfbn.BatchNormalization(momentum=0.9))) == []
+
+
 def test_a_few_dead_channels_are_counted_without_a_warning():
     x = X.copy()
     x[:, 3:5] = 7.0

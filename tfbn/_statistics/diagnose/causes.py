@@ -97,7 +97,7 @@ WHY_OFF = (
     Cause(
         kind="lagging_statistics",
         sign=of_statistics.lagging_statistics,
-        explanation="The moving statistics lag behind: {weight:.0%} of them {what}. {steps} too few for a "
+        explanation="The moving statistics lag behind: {part} of them {what}. {steps} too few for a "
         "momentum of {momentum}.",
         recalibrate=True,
         advice="tfbn.BatchNormalization(momentum=None) for short trainings, or a lower momentum",

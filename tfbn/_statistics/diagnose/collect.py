@@ -18,7 +18,7 @@ from tfbn._statistics.diagnose.held_out import Batch, SplitReader
 from tfbn._statistics.diagnose.losses import Losses, has_loss
 from tfbn._statistics.diagnose.model_evidence import MEAN_SHIFT, ModelEvidence
 from tfbn._statistics.diagnose.not_finite import NotFinite, trace_not_finite
-from tfbn._statistics.diagnose.structure import structure_of
+from tfbn._statistics.diagnose.structure import Structure
 from tfbn._statistics.layer_call import NotFiniteError
 from tfbn._statistics.measure import StatisticsPasses
 from tfbn._statistics.traced_model import Forward
@@ -66,7 +66,7 @@ def collect(
     return ModelEvidence(
         layers=measured,
         comparisons=comparisons,
-        structure=structure_of(model, layers, forward, reader.spec),
+        structure=Structure(model, layers, forward, reader.spec),
         losses=losses,
         experiments=experiments,
         steps=int(optimizer.iterations.numpy()) if optimizer is not None else 0,

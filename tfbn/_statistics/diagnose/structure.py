@@ -1,7 +1,7 @@
 """How a model uses its batch normalization layers: the `training` they receive, and what feeds them."""
 
 import collections
-import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,52 +24,102 @@ from tfbn._statistics.traced_model import Forward
 RECTIFIERS = {"Relu", "Relu6"}
 
 
-@dataclasses.dataclass(frozen=True)
 class Structure:
-    """What the code of a model shows. All of these are names of layers.
+    """What the code of a model shows, traced when it is first asked for.
 
-    Attributes:
-        called: The model calls them in inference.
-        forced: They run in training mode although the model is called with ``training=False``.
-        ignored: They run in inference mode in `fit`, although it trains the model.
-        overridden: They are inside a part of the model that is called with ``training=False``, and run in
-            training mode nevertheless.
-        behind_noise: A layer that is random in training, such as dropout, is somewhere before them.
-        behind_rectifier: A ReLU is between the previous batch normalization layer and them.
-        masked: They receive a mask.
+    All properties are names of layers. Without a model, nothing is found.
+
+    Args:
+        model: The model.
+        layers: Batch normalization layers of it.
+        forward: Runs the model in inference mode, if it is not called as usual. What it does in training is
+            unknown then.
+        spec: The nested `tf.TypeSpec` of a batch.
     """
 
-    called: frozenset[str] = frozenset()
-    forced: frozenset[str] = frozenset()
-    ignored: frozenset[str] = frozenset()
-    overridden: frozenset[str] = frozenset()
-    behind_noise: frozenset[str] = frozenset()
-    behind_rectifier: frozenset[str] = frozenset()
-    masked: frozenset[str] = frozenset()
+    def __init__(
+        self,
+        model: keras.layers.Layer | None = None,
+        layers: Sequence[BatchNormLayer] = (),
+        forward: Forward | None = None,
+        spec: Any = None,
+    ):
+        self._model = model
+        self._layers = [layer for layer in layers if layer.built]
+        self._learning = [layer for layer in self._layers if not statistics_are_frozen(layer)]
+        self._forward = forward
+        self._spec = spec
 
+    @property
+    def called(self) -> set[str]:
+        """The model calls them in inference."""
+        return self._inference["called"]
 
-def structure_of(
-    model: keras.layers.Layer, layers: Sequence[BatchNormLayer], forward: Forward | None, spec: Any
-) -> Structure:
-    """Traces the model in inference mode and, unless a ``forward`` is given, in training mode."""
-    layers = [layer for layer in layers if layer.built]
-    noisy = random_layers(model)
-    seen = _Trace(layers, noisy)
-    seen.run(lambda batch: (forward or run_model)(model, batch), spec)
-    found = seen.found
-    in_training = found.pop("in_training", set())
-    if forward is None:
-        learning = [layer for layer in layers if not statistics_are_frozen(layer)]
-        training = _Trace(learning, [])
-        # As `fit` does: it passes `training` only to a `call` that takes it.
-        takes_training = "training" in inspect.signature(model.call).parameters
-        training.run(lambda batch: run_model(model, batch, training=takes_training), spec)
-        inference_asked = {name_of(layer) for layer in _called_with_training_false(model)}
-        trained = training.found["in_training"]
-        found["forced"] = in_training & {name_of(layer) for layer in learning}
-        found["ignored"] = training.found["called"] - trained - inference_asked
-        found["overridden"] = trained & inference_asked
-    return Structure(**{name: frozenset(names) for name, names in found.items()})
+    @property
+    def forced(self) -> set[str]:
+        """They run in training mode although the model is called with ``training=False``."""
+        if self._forward is not None:
+            return set()
+        return self._inference["in_training"] & set(map(name_of, self._learning))
+
+    @property
+    def masked(self) -> set[str]:
+        """They receive a mask."""
+        return self._inference["masked"]
+
+    @property
+    def behind_noise(self) -> set[str]:
+        """A layer that is random in training, such as dropout, is somewhere before them."""
+        return self._inference["behind_noise"]
+
+    @property
+    def behind_rectifier(self) -> set[str]:
+        """A ReLU is between the previous batch normalization layer and them."""
+        return self._inference["behind_rectifier"]
+
+    @property
+    def ignored(self) -> set[str]:
+        """They run in inference mode in `fit`, although it trains the model."""
+        return self._training["called"] - self._training["in_training"] - self._asked_for_inference
+
+    @property
+    def overridden(self) -> set[str]:
+        """They are in a part of the model that is called with ``training=False``, but run in training mode."""
+        asked = self._asked_for_inference
+        return asked & self._training["in_training"] if asked else set()
+
+    @functools.cached_property
+    def _inference(self) -> dict[str, set[str]]:
+        forward = self._forward or run_model
+        return self._trace(self._layers, lambda batch: forward(self._model, batch))
+
+    @functools.cached_property
+    def _training(self) -> dict[str, set[str]]:
+        if self._forward is not None:
+            return collections.defaultdict(set)
+
+        def as_fit(batch: Any) -> Any:
+            assert self._model is not None
+            # It passes `training` only to a `call` that takes it.
+            training = "training" in inspect.signature(self._model.call).parameters
+            return run_model(self._model, batch, training=training)
+
+        return self._trace(self._learning, as_fit)
+
+    def _trace(
+        self, layers: Sequence[BatchNormLayer], run: Callable[[Any], Any]
+    ) -> dict[str, set[str]]:
+        if self._model is None:
+            return collections.defaultdict(set)
+        trace = _Trace(layers, random_layers(self._model))
+        trace.run(run, self._spec)
+        return trace.found
+
+    @functools.cached_property
+    def _asked_for_inference(self) -> set[str]:
+        if self._model is None or self._forward is not None:
+            return set()
+        return set(map(name_of, _called_with_training_false(self._model)))
 
 
 def random_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
@@ -85,7 +135,7 @@ class _Trace:
     """Observes the calls of layers while a model is traced.
 
     Attributes:
-        found: The names of layers, by the attributes of `Structure`, and those that run "in_training".
+        found: The names of layers, by what was observed of them.
     """
 
     def __init__(self, layers: Sequence[BatchNormLayer], noisy: Sequence[keras.layers.Layer]):

@@ -16,10 +16,10 @@ from tfbn._statistics.diagnose.finding import Finding
 from tfbn._statistics.diagnose.model_evidence import LOG_VARIANCE_RATIO, MEAN_SHIFT, ModelEvidence
 from tfbn._statistics.diagnose.signs import of_statistics, of_use, of_values
 from tfbn._statistics.diagnose.signs.sign import Sign
-from tfbn._statistics.diagnose.structure import Structure, structure_of
+from tfbn._statistics.diagnose.structure import Structure
 from tfbn._statistics.monitor.estimate import BatchEstimate
 from tfbn._statistics.monitor.snapshot import Snapshot, WatchedLayers
-from tfbn._support.reports import count
+from tfbn._support.reports import count, percent
 
 PATIENCE = 16
 """After this many updates without a change, it is not chance."""
@@ -182,7 +182,7 @@ class Findings:
             log_ratio = np.sqrt(layers.means(np.square(ratio), since.known))
             off = (shift > CERTAIN * MEAN_SHIFT) | (log_ratio > CERTAIN * LOG_VARIANCE_RATIO)
         averages = np.array([layer.momentum is not None for layer in layers.layers])
-        off &= moves & averages & (weight > of_statistics.LAG)
+        off &= moves & averages & (weight > of_statistics.LEAST_WEIGHT)
         self._lagging = np.where(off, self._lagging + 1, 0)
         certain = off & (((self._lagging >= IN_A_ROW) & (updates >= PATIENCE / 2)) | last)
         if not certain.any():
@@ -199,7 +199,7 @@ class Findings:
             "old_weight": half,
         }
         words = {
-            "weight": half,
+            "part": percent(half),
             "what": f"{what} when this training ends",
             "steps": f"{count(steps, 'training step')} {'is' if steps == 1 else 'are'}",
             "momentum": momentum,
@@ -232,12 +232,15 @@ class Findings:
     def _seen(self) -> Structure:
         """How the model uses its layers: traced only when something is wrong, and once."""
         if self._structure is None:
+            self._structure = Structure()
             try:
                 spec = (signature_of(self._model).structure,)
-                self._structure = structure_of(self._model, self._layers.layers, None, spec)
-                self._traced = True
+                structure = Structure(self._model, self._layers.layers, None, spec)
+                if structure.called or structure.ignored:  # Asking traces.
+                    self._structure = structure
+                    self._traced = True
             except Exception:  # Without a trace, the findings are those that need none.
-                self._structure = Structure()
+                pass
         return self._structure
 
 

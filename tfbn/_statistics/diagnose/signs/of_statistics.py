@@ -21,7 +21,7 @@ from tfbn._statistics.diagnose.signs.sign import (
     named,
     off_sign,
 )
-from tfbn._support.reports import count
+from tfbn._support.reports import count, percent
 
 
 def replicas_diverged(model: ModelEvidence) -> Sign | None:
@@ -74,7 +74,9 @@ def masks_ignored(model: ModelEvidence) -> Sign | None:
 
 
 LAG = 0.03
-"""How much of the moving statistics may be old."""
+"""How much of the moving statistics may be old if inputs have a variance of about 1."""
+LEAST_WEIGHT = 2e-3
+"""The smallest weight of old statistics that can be told from chance."""
 
 
 def lagging_statistics(model: ModelEvidence) -> Sign | None:
@@ -106,19 +108,26 @@ def _lag_by_steps(model: ModelEvidence, layers: Layers) -> Sign | None:
 
 
 def _lag_by_statistics(model: ModelEvidence, layers: Layers) -> Sign | None:
-    """How much is the initial values, if all layers agree on that, those that are not off among them."""
-    weight, explained = np.median([layer.initial_weight for layer in layers], axis=0)
-    alike = [layer for layer in model.candidates if layer.momentum is not None]
-    found = np.array([layer.initial_weight[0] for layer in alike])
-    agree = np.abs(found - weight) <= max(0.1, 0.25 * weight)
-    if weight < LAG or explained < 0.8 or np.mean(agree) < 0.8:
+    """How much is the initial values, if the layers agree on that."""
+    weight, explained = map(float, np.median([layer.initial_weight for layer in layers], axis=0))
+    if weight < LAG:
+        # Where the true variance is small, a hundredth of the initial 1 is much. Other layers do not show it.
+        alike, least, tolerance = layers, 0.95, 0.2 * weight
+    else:
+        alike = [layer for layer in model.candidates if layer.momentum is not None]
+        least, tolerance = 0.8, max(0.1, 0.25 * weight)
+    agree = [abs(layer.initial_weight[0] - weight) <= tolerance for layer in alike]
+    if weight < LEAST_WEIGHT or explained < least or np.mean(agree) < 0.8:
         return None
-    return _lag(layers, float(weight), "are still the initial values", "The training steps were")
+    what = "are still the initial values"
+    if weight < LAG:
+        what += ", and the initial variance of 1 is large beside the true one"
+    return _lag(layers, weight, what, "The training steps were")
 
 
 def _lag(layers: Layers, weight: float, what: str, steps: str) -> Sign:
     momentum = max(layer.momentum or 0 for layer in layers)
-    words = {"weight": weight, "what": what, "steps": steps, "momentum": momentum}
+    words = {"part": percent(weight), "what": what, "steps": steps, "momentum": momentum}
     return Sign(layers, {**distances(layers), "initial_weight": weight}, words)
 
 
