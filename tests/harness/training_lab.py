@@ -17,9 +17,9 @@ import tfbn
 NETWORKS = ("small", "resnet20", "mobilenetv2")
 LAYERS = {"keras": layers.BatchNormalization, "tfbn": tfbn.BatchNormalization}
 PIXELS = {"small": 8, "resnet20": 16, "mobilenetv2": 32}
-EPOCHS = {"small": 20, "resnet20": 20, "mobilenetv2": 12}
+EPOCHS = {"small": 8, "resnet20": 20, "mobilenetv2": 12}
 BATCH = 64
-MOMENTUM = {"small": 0.99, "resnet20": 0.99, "mobilenetv2": 0.95}
+MOMENTUM = {"small": 0.95, "resnet20": 0.99, "mobilenetv2": 0.95}
 RATE = {"small": 3e-3, "resnet20": 3e-3, "mobilenetv2": 2e-3}
 CLASSES = 10
 TRAINING = 1437  # examples; the rest is for validation
