@@ -17,9 +17,9 @@ import tfbn
 NETWORKS = ("small", "resnet20", "mobilenetv2")
 LAYERS = {"keras": layers.BatchNormalization, "tfbn": tfbn.BatchNormalization}
 PIXELS = {"small": 8, "resnet20": 16, "mobilenetv2": 32}
-EPOCHS = {"small": 8, "resnet20": 20, "mobilenetv2": 12}
+EPOCHS = {"small": 8, "resnet20": 12, "mobilenetv2": 12}
 BATCH = 64
-MOMENTUM = {"small": 0.95, "resnet20": 0.99, "mobilenetv2": 0.95}
+MOMENTUM = 0.95  # with 0.99, the shortest trainings leave 16 % of the initial statistics
 RATE = {"small": 3e-3, "resnet20": 3e-3, "mobilenetv2": 2e-3}
 CLASSES = 10
 TRAINING = 1437  # examples; the rest is for validation
@@ -158,7 +158,7 @@ def network(name: str, norm: Any, **options: Any) -> keras.Model:
     head_dropout = options.pop("head_dropout", 0.0)
     first = options.pop("first", ())
     shape = options.pop("shape", (PIXELS[name], PIXELS[name], 3))
-    norm = functools.partial(norm, **{"momentum": MOMENTUM[name], **options})
+    norm = functools.partial(norm, **{"momentum": MOMENTUM, **options})
     image = keras.Input(shape)
     x: Any = image
     for layer in first:
