@@ -226,6 +226,8 @@ def lag_with_a_negative_loss(lab: Lab) -> Trained:
 def fine_tuned_for_a_few_steps(lab: Lab) -> Trained:
     """On a new domain: most of the statistics are still those of the old one."""
     model = lab.healthy()
+    for layer in lab.norms(model):
+        layer.momentum = 0.99
     data = contrast(lab.train)
     lab.fit(model, 20 * BATCH / TRAINING, data, rate=RATE[lab.network] / 3)
     return Trained(model, data, contrast(lab.test))

@@ -19,6 +19,7 @@ RNG = np.random.default_rng(0)
 QUICK = (
     "healthy_on_16_images",
     "healthy_on_two_classes",
+    "augmenting_layers",
     "momentum_0999",
     "preprocessing_forgotten",
     "other_data_soon_after_recalibration",

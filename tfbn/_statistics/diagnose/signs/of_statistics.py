@@ -137,7 +137,8 @@ def variance_shift(model: ModelEvidence) -> Sign | None:
         for layer in model.candidates
         if is_off(layer, 0.5) and layer.layer in model.structure.behind_noise
     ]
-    if not behind or model.experiments is None:
+    # Augmentation by layers is meant to: the loss tells whether inference suffers from it.
+    if not behind or model.experiments is None or model.recalibrating_helps is False:
         return None
     noisy = model.experiments.with_noise
     explained = [explained_by(c, noisy[layer.layer]) for layer, c in compared(model, behind)]
