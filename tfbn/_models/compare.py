@@ -1,7 +1,5 @@
 """Comparing the outputs of two models, and drawing the inputs to compare them on."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -9,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn._models.intercept import isolated_tracing
+from tfbn._models.restored import variables_restored
 from tfbn._models.tensorflow_state import tensorflow_variables
 from tfbn._models.walk import walk
 from tfbn._support.checks import is_number
@@ -82,7 +81,7 @@ def changes_variables(model: keras.Model, inputs: Any) -> bool:
 
 def _call(model: keras.Model, inputs: Any) -> tuple[Any, bool]:
     variables = _tensorflow_variables(model)
-    with _restored(variables) as before:
+    with variables_restored(variables) as before:
         with isolated_tracing(), keras.StatelessScope() as scope:
             found = model(inputs, training=False)
         same = map(np.array_equal, variables, before)
@@ -91,17 +90,6 @@ def _call(model: keras.Model, inputs: Any) -> tuple[Any, bool]:
 
 def _tensorflow_variables(model: keras.Model) -> list[tf.Variable]:
     return [variable for layer in walk(model) for variable in tensorflow_variables(layer)]
-
-
-@contextlib.contextmanager
-def _restored(variables: Sequence[Any]) -> Iterator[list[tf.Tensor]]:
-    """Restores variables on exit. Yields their values."""
-    before = [tf.identity(variable) for variable in variables]
-    try:
-        yield before
-    finally:
-        for variable, value in zip(variables, before, strict=True):
-            variable.assign(value)
 
 
 def difference(expected: Any, actual: Any) -> float:
@@ -121,7 +109,7 @@ def difference(expected: Any, actual: Any) -> float:
 
 def advice(model: keras.Model, inputs: Any, tolerance: float) -> str:
     """What to do when the outputs of a model differ from those of its copy by more than the tolerance."""
-    with _restored([*model.non_trainable_variables, *_tensorflow_variables(model)]):
+    with variables_restored([*model.non_trainable_variables, *_tensorflow_variables(model)]):
         apart = difference(*(model(inputs, training=False) for _ in range(2)))
     if apart > tolerance:
         return (

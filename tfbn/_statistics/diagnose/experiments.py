@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfbn._models.intercept import intercept_calls, traced_once
+from tfbn._models.restored import variables_restored
 from tfbn._models.walk import BatchNormLayer, name_of
 from tfbn._moments.moments import reduced_axes
 from tfbn._statistics.diagnose.batch_mode import batch_statistics, no_updates
@@ -173,17 +174,13 @@ class Experiments:
 
         run = traced_once(step)
         found: dict[str, list[Any]] = {}
-        # Such as the states of random generators.
-        before = [(v, v.numpy()) for v in self._model.variables] if noise else []
-        try:
+        # What noise changes, such as the states of random generators.
+        with variables_restored(self._model.variables if noise else ()):
             for batch, spec in self._batches:
                 for name, parts in run(batch, spec).items():
                     found.setdefault(name, []).extend(
                         tf.nest.map_structure(lambda part: part.numpy(), parts)
                     )
-        finally:
-            for variable, value in before:
-                variable.assign(value)
         return found
 
 

@@ -14,6 +14,7 @@ import tensorflow as tf
 from tfbn._data.multi_pass import MultiPassReader
 from tfbn._data.sources import spec_of
 from tfbn._models.intercept import traced_once
+from tfbn._models.restored import variables_restored
 from tfbn._statistics.diagnose.held_out import Batch
 from tfbn._statistics.plan import unpacked
 from tfbn._support.checks import first_line
@@ -165,10 +166,8 @@ def _means(outputs: Any) -> Any:
 @contextlib.contextmanager
 def _metrics_restored(model: keras.Model) -> Iterator[None]:
     """On exit, restores the counts of all metrics; those of metrics built since become 0."""
-    before = [(variable, variable.numpy()) for variable in model.metrics_variables]
-    try:
-        yield
-    finally:
-        model.reset_metrics()
-        for variable, value in before:
-            variable.assign(value)
+    with variables_restored(model.metrics_variables):
+        try:
+            yield
+        finally:
+            model.reset_metrics()
