@@ -195,7 +195,7 @@ def twenty_steps(lab: Lab) -> Trained:
 
 @case("lagging_statistics", networks=("mobilenetv2",), cured=True)
 def default_momentum_and_small_variances(lab: Lab) -> Trained:
-    """450 steps leave 1 % of the initial variance: ten times the true one of depthwise convolutions."""
+    """450 steps leave 1 % of the initial variance: far more than the true one of depthwise convolutions."""
     return lab.trained(lab.fit(lab.build(momentum=0.99), 20))
 
 
