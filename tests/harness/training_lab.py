@@ -16,8 +16,8 @@ import tfbn
 
 NETWORKS = ("small", "resnet20", "mobilenetv2")
 LAYERS = {"keras": layers.BatchNormalization, "tfbn": tfbn.BatchNormalization}
-PIXELS = {"small": 8, "resnet20": 16, "mobilenetv2": 32}
-EPOCHS = {"small": 8, "resnet20": 12, "mobilenetv2": 12}
+PIXELS = {"small": 8, "resnet20": 8, "mobilenetv2": 32}
+EPOCHS = {"small": 8, "resnet20": 8, "mobilenetv2": 12}
 BATCH = 64
 MOMENTUM = 0.95  # with 0.99, the shortest trainings leave 16 % of the initial statistics
 RATE = {"small": 3e-3, "resnet20": 3e-3, "mobilenetv2": 2e-3}
