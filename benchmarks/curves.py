@@ -255,20 +255,31 @@ def document(run: dict[str, Any]) -> str:
                 "equal, the price of the calls ends and memory begins.",
                 "\n".join(prices),
                 "## Layers",
-                f"A training step of a stack of small layers, {'×'.join(map(str, SMALL_SHAPE))} values each, is almost "
-                "all price.",
+                f"A training step of a stack of small layers, {'×'.join(map(str, SMALL_SHAPE))} values each. Almost all of it "
+                "is the price of the calls.",
                 "\n".join(layers),
                 "## Replicas",
                 f"{s['processes']} processes on this machine. The smallest and the largest all-reduce give the model "
                 f"of [the page on replicas](scaling.md) a latency of {1e6 * latency:.0f} µs and "
-                f"{bandwidth / 1e9:.2g} GB/s. With these it foretells:",
+                f"{bandwidth / 1e9:.2g} GB/s. With these it predicts:",
                 "\n".join(checks),
+                *shared_cores(s["processes"], e["cores"]),
                 "The picture shows the model for up to 256 replicas, with a latency and a bandwidth that the page on "
                 "replicas assumes.",
             ]
         )
         + "\n"
     )
+
+
+def shared_cores(processes: int, cores: int) -> list[str]:
+    """What to say where the processes cannot all run at once."""
+    if processes <= cores:
+        return []
+    return [
+        f"The {processes} processes share {cores} cores, which the model does not know: they also wait for each "
+        "other's turn. On machines of their own they would not."
+    ]
 
 
 if __name__ == "__main__":
