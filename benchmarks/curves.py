@@ -255,8 +255,8 @@ def document(run: dict[str, Any]) -> str:
                 "equal, the price of the calls ends and memory begins.",
                 "\n".join(prices),
                 "## Layers",
-                f"A training step of a stack of small layers, {'×'.join(map(str, SMALL_SHAPE))} values each. Almost all of it "
-                "is the price of the calls.",
+                f"A training step of a stack of small layers, {'×'.join(map(str, SMALL_SHAPE))} values each. Almost "
+                "all of it is the price of the calls.",
                 "\n".join(layers),
                 "## Replicas",
                 f"{s['processes']} processes on this machine. The smallest and the largest all-reduce give the model "
