@@ -260,12 +260,12 @@ def document(run: dict[str, Any]) -> str:
                 "\n".join(layers),
                 "## Replicas",
                 f"{s['processes']} processes on this machine. The smallest and the largest all-reduce give the model "
-                f"of [the page on replicas](scaling.md) a latency of {1e6 * latency:.0f} µs and "
+                f"of `benchmarks.scaling` a latency of {1e6 * latency:.0f} µs and "
                 f"{bandwidth / 1e9:.2g} GB/s. With these it predicts:",
                 "\n".join(checks),
                 *shared_cores(s["processes"], e["cores"]),
-                "The picture shows the model for up to 256 replicas, with a latency and a bandwidth that the page on "
-                "replicas assumes.",
+                "The picture shows the model for up to 256 replicas, with the latency and the bandwidth that "
+                "`benchmarks.scaling` assumes.",
             ]
         )
         + "\n"
