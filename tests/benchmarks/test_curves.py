@@ -1,5 +1,7 @@
 """The curves: what is read from the measurements is what they were made of, and a small run has every part."""
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks import curves, results, scaling
@@ -33,6 +35,18 @@ def test_a_resnet50_sums_the_means_and_variances_of_all_its_channels_either_way(
     assert len(each) == 53
     assert [sum(each)] == all_at_once
     assert sum(each) == 2 * 26560 + 53
+
+
+def test_the_committed_page_is_that_of_the_committed_numbers():
+    folder = Path(curves.__file__).parent / "results"
+    assert (folder / "curves.md").read_text() == curves.document(
+        results.load(folder / "curves.json")
+    )
+
+
+@pytest.mark.parametrize(("processes", "cores", "paragraphs"), [(2, 2, 0), (8, 2, 1)])
+def test_processes_that_share_cores_are_said_to(processes, cores, paragraphs):
+    assert len(curves.shared_cores(processes, cores)) == paragraphs
 
 
 def test_a_run_of_two_processes_has_every_part(tmp_path):
