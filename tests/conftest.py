@@ -85,9 +85,12 @@ UNCOUNTED = (
     "_layer/test_parity",
     "_training/test_formulas",
 )
+# TensorFlow rewrites graphs before they first run, which takes a quarter of the time of a test. These files run
+# as users do, with it: what is computed, and what is exported. So do all processes that tests start.
+REWRITTEN = ("_layer/test_parity", "_layer/test_laws", "_normalize/", "_shipping/", "benchmarks/")
 
 
-def _name(item: pytest.Item) -> str:
+def _name(item: pytest.Item | pytest.Module) -> str:
     """The test's file, as in `LONG`."""
     return item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
 
@@ -124,6 +127,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         if item.get_closest_marker("no_cover"):
             patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
         return (yield)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def graphs_rewritten_or_not(request: pytest.FixtureRequest) -> None:
+    """As `REWRITTEN` says."""
+    off = not _name(request.node).startswith(REWRITTEN)
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": off})
 
 
 @pytest.fixture(scope="module", autouse=True)
