@@ -62,6 +62,19 @@ def test_statistics_that_stand_still_because_training_is_not_passed_on(kind):
     assert "self.bn(x, training=training)" in text
 
 
+def test_a_model_that_cannot_be_traced_in_training_gets_the_finding_that_needs_no_trace(
+    monkeypatch,
+):
+    def refuse(model, batch, training=False):
+        if training:
+            raise RuntimeError("not now")
+        return model(batch[0], training=False)
+
+    monkeypatch.setattr("tfbn._statistics.diagnose.structure.run_model", refuse)
+    (text,) = warned(Fixed(tfbn.BatchNormalization()))
+    assert text.startswith("error: never_updated (fixed")
+
+
 def test_the_same_in_a_model_whose_call_takes_no_training():
     class Deaf(keras.Model):
         def __init__(self):

@@ -50,6 +50,10 @@ class Structure:
         self._forward = forward
         self._spec = spec
 
+    def trace(self) -> None:
+        """Traces the model in both modes now. Whatever it raises is raised here, and not by a property."""
+        _ = self._inference, self._training
+
     @property
     def called(self) -> set[str]:
         """The model calls them in inference."""

@@ -232,15 +232,13 @@ class Findings:
     def _seen(self) -> Structure:
         """How the model uses its layers: traced only when something is wrong, and once."""
         if self._structure is None:
-            self._structure = Structure()
             try:
                 spec = (signature_of(self._model).structure,)
                 structure = Structure(self._model, self._layers.layers, None, spec)
-                if structure.called or structure.ignored:  # Asking traces.
-                    self._structure = structure
-                    self._traced = True
+                structure.trace()
+                self._structure, self._traced = structure, True
             except Exception:  # Without a trace, the findings are those that need none.
-                pass
+                self._structure = Structure()
         return self._structure
 
 
