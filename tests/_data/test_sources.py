@@ -64,6 +64,15 @@ def test_a_pass_over_arrays_starts_no_thread_that_its_end_would_wait_for(monkeyp
     assert [data.options().autotune.enabled for data in seen] == [False]
 
 
+def test_many_sources_of_arrays_draw_no_warning_of_retracing(monkeypatch):
+    warned = []
+    monkeypatch.setattr(tf.get_logger(), "warning", lambda text, *rest: warned.append(text))
+    for _ in range(12):  # TensorFlow warns from the fifth on.
+        for _ in as_source("data", (X, Y, W), BATCH, False, 0).start(0):
+            pass
+    assert not warned
+
+
 IN_ORDER = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 KINDS = {
     "arrays": lambda: (X, Y, W),

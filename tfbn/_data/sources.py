@@ -76,11 +76,14 @@ class ArraySource:
         self.seed = seed
         self.steps: int | None = math.ceil(self._size / batch_size)
         self.spec = spec_of(self._arrays)
-        self._gathered = tf.function(self._gather, autograph=False)  # Traced once for all passes.
+        with tf.device("CPU:0"):  # Traced once for all passes.
+            self._gathered = tf.function(self._gather, autograph=False).get_concrete_function(
+                tf.TensorSpec([self._size], tf.int64)
+            )
 
     def start(self, index: int) -> Iterator[Any]:
         """Returns the batches of this pass, gathered ahead of use."""
-        rows = np.arange(self._size)
+        rows = np.arange(self._size, dtype=np.int64)
         if self._shuffle:
             rows = np.random.default_rng((self.seed, index)).permutation(rows)
         with tf.device("CPU:0"):

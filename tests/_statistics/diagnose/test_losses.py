@@ -28,6 +28,23 @@ def model(loss=None, **options) -> keras.Model:
     return net
 
 
+def test_labels_may_be_an_argument_as_in_keras():
+    net = model()
+    one, two = tfbn.diagnose(net, X, Y, batch_size=32), tfbn.diagnose(net, DATA, batch_size=32)
+    assert one.modes == two.modes
+    assert one.modes["inference"]["loss"] > 0
+    with pytest.raises(ValueError, match="`y` can be passed with arrays only"):
+        tfbn.diagnose(net, tf.data.Dataset.from_tensor_slices(DATA).batch(32), Y)
+
+
+def test_a_list_of_arrays_is_the_inputs_of_a_model():
+    a, b = keras.Input((4,)), keras.Input((4,))
+    y = layers.Dense(1)(layers.BatchNormalization()(a + b))
+    net = keras.Model([a, b], y)
+    net.compile(loss="mse")
+    assert tfbn.diagnose(net, [X, X], Y).modes == tfbn.diagnose(net, ((X, X), Y)).modes
+
+
 # Batches set aside
 
 

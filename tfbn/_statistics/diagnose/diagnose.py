@@ -10,7 +10,7 @@ from tfbn._statistics.diagnose.causes import find
 from tfbn._statistics.diagnose.collect import collect
 from tfbn._statistics.diagnose.evidence import SUMMARIES
 from tfbn._statistics.diagnose.report import ChannelStatistics, Diagnosis
-from tfbn._statistics.plan import plan_passes
+from tfbn._statistics.plan import fit_data, plan_passes
 from tfbn._statistics.traced_model import Forward
 from tfbn._support.progress import prints_result
 
@@ -18,6 +18,7 @@ from tfbn._support.progress import prints_result
 def diagnose(
     model: keras.layers.Layer,
     data: Any,
+    y: Any = None,
     *,
     upstream: str = "population",
     forward: Forward | None = None,
@@ -47,6 +48,7 @@ def diagnose(
     Args:
         model: A Keras model or layer. It is built if necessary.
         data: As in `tfbn.recalibrate`; with labels, the losses can be compared too.
+        y: Labels, if ``data`` is the array or arrays ``x``, as in `keras.Model.evaluate`.
         upstream: As in `tfbn.recalibrate`: how to compute the true statistics.
         forward: As in `tfbn.recalibrate`. With it, the `training` flags inside the model are not examined.
         steps: How many batches to use; by default all.
@@ -63,12 +65,12 @@ def diagnose(
             the compiled loss cannot be computed on the labels.
 
     Example:
-        >>> diagnosis = tfbn.diagnose(model, (images, labels))
+        >>> diagnosis = tfbn.diagnose(model, images, labels)
         >>> print(diagnosis)
         >>> [finding.kind for finding in diagnosis.findings]
         ['lagging_statistics']
     """
-    reader = MultiPassReader(data, steps, batch_size, verbose)
+    reader = MultiPassReader(fit_data(model, data, y), steps, batch_size, verbose)
     layers, passes = plan_passes(
         model, reader, upstream, forward, include_frozen=True, summaries=SUMMARIES
     )
