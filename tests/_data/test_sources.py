@@ -73,6 +73,21 @@ def test_many_sources_of_arrays_draw_no_warning_of_retracing(monkeypatch):
     assert not warned
 
 
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array([[1, "a"], [2, "b"]], object),
+        np.array([[1.0, 2.0]], object),
+        np.array(["2020-01-01"], "M8[D]"),
+    ],
+)
+def test_an_array_that_no_tensor_holds_is_described(array):
+    with pytest.raises(
+        TypeError, match=rf"Convert it.*Received: .*dtype {array.dtype}".replace("[", r"\[")
+    ):
+        as_source("data", array, BATCH, False, 0)
+
+
 IN_ORDER = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 KINDS = {
     "arrays": lambda: (X, Y, W),

@@ -238,8 +238,15 @@ def _tensor(part: Any) -> Any:
     array = np.asarray(part)
     if array.dtype == np.float64:
         array = array.astype(keras.config.floatx())
-    with tf.device("CPU:0"):
-        return tf.constant(array)
+    try:
+        with tf.device("CPU:0"):
+            return tf.constant(array)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "TensorFlow makes no tensor of an array like this. Convert it, as in `array.astype('float32')`, or pass "
+            "columns of several kinds as a dict of arrays. Received: "
+            f"an array of dtype {array.dtype} and shape {array.shape}. TensorFlow says: {error}"
+        ) from error
 
 
 def _check_arrays(name: str, arrays: Any) -> None:
