@@ -45,7 +45,9 @@ def purely_rescaled_inputs(model: ModelEvidence) -> Sign | None:
 
 def empty_batches(model: ModelEvidence) -> Sign | None:
     found = [best_pull_to_zero(c) for _, c in compared(model, model.off)]
-    if not found:
+    masked = [layer for layer in model.candidates if layer.layer in model.structure.masked]
+    # They pull all layers that see the masks: among many, one or two have another reason.
+    if not found or 2 * len(found) < len(masked or model.candidates):
         return None
     explained = np.median([one.explained for one in found])
     lag = np.median([best_initial_weight(c).explained for _, c in compared(model, model.off)])
