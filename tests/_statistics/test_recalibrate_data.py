@@ -316,6 +316,47 @@ def test_a_list_of_batches_is_not_read_as_x_and_y(number):
     )
 
 
+def test_one_example_has_no_variance():
+    model = chain()
+    refused(X[:1], model, match=r"a single value for each channel.*Received: layer")
+    assert tfbn.recalibrate(model, X[:1], prior=100)
+
+
+def test_a_frame_may_mix_numbers():
+    class Frame:
+        """As a pandas.DataFrame with a column of truth values."""
+
+        columns = ("a", "b", "c")
+        shape = X.shape
+
+        def __len__(self):
+            return len(X)
+
+        def __array__(self, *args, **kwargs):
+            mixed = X.astype(object)
+            mixed[:, 0] = X[:, 0] > 0
+            return mixed
+
+    numbers = np.array(Frame()).astype("float32")
+    one, two = chain(), chain()
+    tfbn.recalibrate(one, Frame())
+    tfbn.recalibrate(two, numbers)
+    for a, b in zip(one.weights, two.weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_model_and_data_exchanged():
+    with pytest.raises(TypeError, match="`model` must be a Keras model or layer"):
+        tfbn.recalibrate(X, chain())
+
+
+def test_a_stateful_model_and_a_smaller_last_batch():
+    lstm = keras.layers.LSTM(2, stateful=True)
+    model = keras.Sequential([keras.Input(batch_shape=(8, 5, 3)), lstm, tfbn.BatchNormalization()])
+    with pytest.raises(ValueError, match=r"drop_remainder=True.*Incompatible shapes"):
+        tfbn.recalibrate(model, np.zeros((20, 5, 3), "float32"), batch_size=8)
+
+
 def test_labels_beside_data_that_has_its_own():
     refused(
         dataset(), y=Y, match=r"`y` can be passed with arrays only.*_BatchDataset.*ndarray\(20, 1\)"

@@ -35,6 +35,7 @@ from training_lab import (
     custom_loop,
     inverted,
     policy,
+    prices,
     sequences,
     shifted,
 )
@@ -415,12 +416,12 @@ def a_weight_that_is_nan(lab: Lab) -> Trained:
 
 @case("half_precision_overflow")
 def overflow_in_half_precision(lab: Lab) -> Trained:
-    """The data has larger values than float16 can square, or add up."""
+    """The data has larger values than float16 can hold."""
     with policy("mixed_float16"):
         model = lab.build()
     model.set_weights(lab.healthy().get_weights())
-    scaled = (lab.train[0] * np.float32(6e4), lab.train[1])
-    return lab.trained(lab.compile(model), scaled)
+    scaled, test = ((x * np.float32(1e6), y) for x, y in (lab.train, lab.test))
+    return Trained(lab.compile(model), scaled, test)
 
 
 # Batches
@@ -539,6 +540,22 @@ def negative_variances(lab: Lab) -> Trained:
     for layer in lab.norms(model)[::2]:
         layer.moving_variance.assign(-layer.moving_variance.numpy())
     return lab.trained(model)
+
+
+# Data
+
+
+@case("varied_batches", networks=("small",), cured=True)
+def inputs_with_rare_large_values(lab: Lab) -> Trained:
+    """A hidden layer that sees other values behind a layer that normalizes by batches than behind inference."""
+    model, data = prices(lab)
+    return Trained(model, data, data, {"batch_size": 32})
+
+
+@case("nothing_learned", networks=("small",))
+def labels_in_another_order(lab: Lab) -> Trained:
+    x, y = lab.train
+    return lab.trained(lab.healthy(), (x, np.random.default_rng(lab.seed).permutation(y)))
 
 
 # Sequences

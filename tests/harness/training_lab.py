@@ -301,6 +301,21 @@ def sequences(lab: Lab, epochs: float = 8, mask: bool = True) -> tuple[keras.Mod
     return (lab.fit(model, epochs, data) if epochs else lab.compile(model)), data
 
 
+def prices(lab: Lab) -> tuple[keras.Model, Arrays]:
+    """A network on log-normal inputs, such as prices: a few of them are many times as large as the others."""
+    keras.utils.set_random_seed(lab.seed)
+    inputs = keras.Input((8,))
+    x = lab.norm(name="n0", momentum=0.95)(inputs)
+    x = lab.norm(name="n1", momentum=0.95)(layers.Dense(32, activation="relu")(x))
+    model = keras.Model(inputs, layers.Dense(1)(x))
+    model.compile(keras.optimizers.Adam(3e-3), "mse")
+    random = np.random.default_rng(lab.seed)
+    x = np.exp(1.5 * random.normal(size=(3000, 8))).astype("float32")
+    data = x, np.log(x[:, :1]) + np.log(x[:, 1:2])
+    model.fit(*data, batch_size=32, epochs=15, verbose=0)
+    return model, data
+
+
 def shifted(lab: Lab, change: Callable[[np.ndarray], np.ndarray]) -> Trained:
     """A healthy network, used on images that are changed."""
     train, test = ((change(x), y) for x, y in (lab.train, lab.test))

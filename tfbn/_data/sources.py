@@ -236,9 +236,11 @@ def _tensor(part: Any) -> Any:
     if part is None or tf.is_tensor(part):
         return part
     array = np.asarray(part)
-    if array.dtype == np.float64:
-        array = array.astype(keras.config.floatx())
     try:
+        if array.dtype == np.float64 or (array.dtype == object and hasattr(part, "columns")):
+            array = array.astype(
+                keras.config.floatx()
+            )  # A pandas.DataFrame may mix kinds of numbers.
         with tf.device("CPU:0"):
             return tf.constant(array)
     except (TypeError, ValueError) as error:

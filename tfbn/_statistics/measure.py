@@ -30,6 +30,7 @@ from tfbn._statistics.layer_call import LayerCall
 from tfbn._statistics.packed_moments import Merger, unpack
 from tfbn._statistics.tensor_cache import CacheFullError, TensorCache, in_bytes
 from tfbn._statistics.traced_model import Forward, Summary, TracedModel, flat, replica_number
+from tfbn._support.checks import first_line
 from tfbn._support.reports import count
 
 
@@ -208,7 +209,8 @@ class StatisticsPasses:
             traced = self._trace(spec)
             if traced not in steps:
                 steps[traced] = traced.batch_step(self.calls, self._summaries)
-            moments = self.strategy.experimental_local_results(steps[traced](batch))
+            with _explained():
+                moments = self.strategy.experimental_local_results(steps[traced](batch))
             for replica, part in zip(traced.graphs, moments, strict=True):
                 totals[replica].add(part)
         self._finish(self.calls, totals)
@@ -233,7 +235,7 @@ class StatisticsPasses:
         for number, batch in enumerate(self._read(reader) if source is None else source):
             crossing: dict[int, list[tf.Tensor]] = {}
             for replica, segment in segments(batch.traced).items():
-                with tf.device(batch.traced.devices[replica]):
+                with tf.device(batch.traced.devices[replica]), _explained():
                     *crossing[replica], moments = segment(*batch.parts[replica])
                 totals[replica].add(moments)
             if source is not None:
@@ -276,3 +278,16 @@ class StatisticsPasses:
             found = iter(unpack(of_all.total(), shapes))
             for call in calls:
                 call.set_moments(list(itertools.islice(found, each)), self.weight)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Explains an error of the model that shows only when it runs."""
+    try:
+        yield
+    except tf.errors.InvalidArgumentError as error:
+        raise ValueError(
+            "The model cannot run on a batch, although batches like it can be traced. Some models take one batch "
+            "size only, such as stateful ones: batch the data with `drop_remainder=True`. "
+            f"Received: {first_line(error)}"
+        ) from error

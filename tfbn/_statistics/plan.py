@@ -56,7 +56,6 @@ def plan_passes(
             '`prior` requires upstream="population", in which layers normalize by the statistics that they '
             f"will have. Received: prior={prior!r}, upstream={upstream!r}."
         )
-    batch_norm_layers(model)  # Raises if it is not a layer.
     require_unfused(model, "measure the statistics of")
     if forward is None:
         _check_preprocessing(model)
@@ -105,9 +104,11 @@ def fit_data(model: keras.layers.Layer, data: Any, y: Any = None) -> Any:
     A list is read as Keras reads it: as the inputs of a model.
 
     Raises:
+        TypeError: If ``model`` is not a Keras model or layer; the data has not been touched then.
         ValueError: If ``y`` is passed with data that is not arrays, or if a list has another length than
             the model has inputs.
     """
+    batch_norm_layers(model)  # Raises if it is not a layer.
     if y is not None and not (isinstance(data, dict | list | tuple) or hasattr(data, "shape")):
         raise ValueError(
             "`y` can be passed with arrays only. Other data contains its labels. "
@@ -153,9 +154,10 @@ def _explained(forward: Forward) -> Forward:
             return forward(model, batch)
         except Exception as error:
             raise ValueError(
-                "Running the model on a batch failed. If a batch is a tuple of the inputs, pass each as ((x1, "
-                "x2),), because (x1, x2) is read as x and y. If the model takes other arguments, or "
-                "preprocesses its inputs elsewhere, pass a `forward` that runs it. "
+                "Running the model on a batch failed. If a tf.data.Dataset holds single examples, batch it with "
+                "`.batch(32)`. If a batch is a tuple of the inputs, pass each as ((x1, x2),), because (x1, x2) is "
+                "read as x and y. If the model takes other arguments, or preprocesses its inputs elsewhere, pass "
+                "a `forward` that runs it. "
                 f"Received: batches {describe(batch)}, which raised {first_line(error)}"
             ) from error
 

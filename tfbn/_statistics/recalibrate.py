@@ -102,9 +102,10 @@ def recalibrate(
     Raises:
         TypeError: If `model` is not a Keras model or layer, or the data is of an unsupported kind.
         ValueError: If an argument is out of range; if the model has no batch normalization layers, only
-            frozen ones, or calls none; if one is called inside of a graph loop or branch; if the data has no
-            examples, is endless, or ends before ``steps`` batches; if it must be read again, but can be read
-            only once or has changed.
+            frozen ones, or calls none; if one is called inside of a graph loop or branch; if the model cannot
+            run on a batch; if the data has no examples, a single value for each channel of a layer, is
+            endless, or ends before ``steps`` batches; if it must be read again, but can be read only once or
+            has changed.
         NotFiniteError: (a `ValueError`) If an input of a layer is not finite.
 
     If it raises, or is interrupted, the model does not change.
@@ -169,6 +170,11 @@ def _change(
     seen = count > 0
     if not seen.any():
         return LayerChange(name, "masked", len(calls)), []
+    if weight == 1 and np.max(count) <= 1:
+        raise ValueError(
+            "The data has a single value for each channel of a layer, and a single value has no variance. Pass "
+            f"more examples, or a `prior`. Received: layer {name!r}."
+        )
     old_mean, old_variance = (
         np.asarray(keras.ops.convert_to_numpy(weight), np.float64)
         for weight in (layer.moving_mean, layer.moving_variance)

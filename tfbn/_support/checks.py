@@ -25,6 +25,10 @@ def first_line(error: BaseException) -> str:
     # Keras wraps errors: the original message follows, in bold.
     lines = [re.sub(r"\x1b\[\d*m", "", line).strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and not line.startswith(_WRAPPED)]
+    # TensorFlow describes where in a graph it happened, what, and the node again.
+    nodes = [number for number, line in enumerate(lines) if line.startswith("[[{{node")]
+    if lines and lines[0].startswith("Graph execution error") and nodes:
+        lines = lines[nodes[0] - 1 :]
     return ": ".join([type(error).__name__, *lines[:1]])
 
 

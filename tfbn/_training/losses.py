@@ -1,12 +1,12 @@
 """The loss of a batch, and each replica's share of it."""
 
-import inspect
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tfbn._data import sharding
+from tfbn._models.compiled_loss import compute_loss
 from tfbn._moments import replicas
 from tfbn._support.keras_internals import losses_unscaled, mask_of
 
@@ -42,15 +42,6 @@ def batch_loss(
             added = tf.convert_to_tensor(variable) - value
             variable.assign(value + weighted(added, weight))
     return weighted(loss, weight)
-
-
-def compute_loss(
-    model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any, training: bool
-) -> tf.Tensor:
-    """Calls the model's `compute_loss`, which need not have a `training` argument if it is the user's own."""
-    arguments = inspect.signature(model.compute_loss).parameters
-    mode = {"training": training} if "training" in arguments else {}
-    return model.compute_loss(x, y, y_pred, sample_weight, **mode)
 
 
 def track_loss(tracker: keras.metrics.Metric | None, loss: tf.Tensor, x: Any, batch: Any) -> None:

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from tfbn._data import sharding
 from tfbn._layer import collect_moments
+from tfbn._models.compiled_loss import compute_loss
 from tfbn._models.walk import BatchNormLayer, batch_norm_layers, learns_statistics
 from tfbn._moments import replicas
 from tfbn._moments.moments import Moments
@@ -20,7 +21,6 @@ from tfbn._training.class_weights import class_weights
 from tfbn._training.gradients import apply_gradients, sum_over_replicas
 from tfbn._training.losses import (
     batch_loss,
-    compute_loss,
     count_values,
     shard_weight,
     track_loss,

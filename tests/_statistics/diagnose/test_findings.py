@@ -36,6 +36,8 @@ QUICK = (
     "frozen_by_mistake",
     "another_epsilon_at_load",
     "masks_ignored",
+    "inputs_with_rare_large_values",
+    "labels_in_another_order",
 )
 
 
@@ -117,6 +119,41 @@ def test_one_percent_of_the_initial_variance_is_much_where_the_true_one_is_small
     model.set_weights(right)
     pull_variances((0, 0.011, 0.002, 0.02))  # No number of steps leaves different weights.
     assert "lagging_statistics" not in kinds(tfbn.diagnose(model, data))
+
+
+def test_a_model_that_was_never_trained_was_not_trained_in_inference_mode():
+    for seed in range(4):
+        keras.utils.set_random_seed(seed)
+        lab = Lab("small", "keras", seed)
+        (finding,) = tfbn.diagnose(lab.compile(lab.build()), lab.train).findings
+        assert finding.kind == "never_updated"
+        assert finding.cure or "No cure is printed" in finding.explanation
+
+
+def test_steps_of_a_new_optimizer_do_not_prove_that_statistics_lag(lab):
+    """Other data looks the same then, so the finding says how to tell them apart."""
+    model = lab.healthy()
+    model = lab.fit(model, epochs=0.1)
+    noisy = lab.train[0] + RNG.normal(0, 0.4, lab.train[0].shape).astype("float32")
+    (finding,) = tfbn.diagnose(model, noisy, lab.train[1]).findings
+    assert finding.kind == "lagging_statistics"
+    assert "training data" in finding.experiment
+
+
+def test_batches_count_if_their_gradients_are_accumulated(lab):
+    model = lab.build()
+    model.compile(keras.optimizers.SGD(0.0, gradient_accumulation_steps=4), model.loss or "mse")
+    model.fit(lab.train[0], np.zeros((len(lab.train[0]), 10)), batch_size=64, verbose=0)
+    finding = tfbn.diagnose(model, lab.train[0]).findings[0]
+    assert finding.kind == "lagging_statistics"
+    assert finding.evidence["initial_weight"] == pytest.approx(0.95**20, abs=0.05)
+
+
+def test_one_example_has_no_variance_to_compare(lab):
+    model = keras.Sequential([keras.Input((4,)), layers.BatchNormalization(), layers.Dense(1)])
+    diagnosis = tfbn.diagnose(model, np.ones((1, 4), "float32"))
+    assert not diagnosis.findings
+    assert diagnosis.layers[0].examples == 0
 
 
 def test_every_cause_but_the_ambiguous_ones_has_a_case():

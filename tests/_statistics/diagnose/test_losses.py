@@ -1,5 +1,7 @@
 """Losses by mode: on examples set aside, in units that no scale, constant or sign of the loss changes."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -43,6 +45,89 @@ def test_a_list_of_arrays_is_the_inputs_of_a_model():
     net = keras.Model([a, b], y)
     net.compile(loss="mse")
     assert tfbn.diagnose(net, [X, X], Y).modes == tfbn.diagnose(net, ((X, X), Y)).modes
+
+
+class OwnLoss(keras.Sequential):
+    """Overrides `compute_loss` without a `training` argument, which Keras accepts."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return tf.reduce_mean(tf.square(tf.cast(y, "float32")[:, None] - y_pred))
+
+
+class SumAndDouble(keras.metrics.Metric):
+    """A metric whose result is a dict, which Keras accepts."""
+
+    def __init__(self):
+        super().__init__(name="both")
+        self.total = self.add_weight(name="total", initializer="zeros")
+
+    def update_state(self, y, y_pred, sample_weight=None):
+        self.total.assign_add(tf.reduce_sum(y_pred))
+
+    def result(self):
+        return {"sum": self.total + 0.0, "double": 2 * self.total}
+
+
+def test_an_own_loss_need_not_take_the_mode():
+    net = OwnLoss(model().layers)
+    net.compile("adam")
+    loss = tfbn.diagnose(net, X, Y, batch_size=96).modes["inference"]["loss"]
+    outputs = net.predict(X[1::2], verbose=0)
+    assert loss == pytest.approx(np.mean(np.square(Y[1::2, None] - outputs)), rel=1e-5)
+
+
+def test_a_loss_with_a_value_for_each_example_is_averaged():
+    net = model()
+    mean = tfbn.diagnose(net, X, Y).modes
+    each = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+    net.compile("adam", each, metrics=["accuracy"])
+    found = tfbn.diagnose(net, X, Y).modes
+    for mode in mean:
+        assert found[mode] == pytest.approx(mean[mode], rel=1e-5)
+
+
+def test_a_metric_may_have_several_results():
+    net = model()
+    net.compile("adam", net.loss, metrics=[SumAndDouble()])
+    modes = tfbn.diagnose(net, X, Y).modes
+    for values in modes.values():
+        assert set(values) == {"loss", "sum", "double"}
+        assert values["double"] == pytest.approx(2 * values["sum"])
+
+
+@pytest.mark.parametrize(
+    ("compiled", "why"),
+    [
+        (False, "the model is not compiled"),
+        (True, "compiled without a loss.*No loss to compute"),
+    ],
+)
+def test_it_says_why_labels_were_not_used(compiled, why):
+    net = keras.Sequential(model().layers)
+    if compiled:
+        net.compile("adam")
+    diagnosis = tfbn.diagnose(net, X, Y)
+    assert diagnosis.modes == {}
+    for text in (str(diagnosis), diagnosis.to_markdown(), diagnosis.no_losses):
+        assert re.search(why, text)
+    assert tfbn.diagnose(net, X).no_losses == tfbn.diagnose(net, (X, None)).no_losses == ""
+
+
+def test_labels_that_are_nan_leave_the_statistics_to_judge_by():
+    net = keras.Sequential([keras.Input((4,)), layers.BatchNormalization(), layers.Dense(1)])
+    net.compile("sgd", "mse")
+    x = 5 * X + 3
+    net.fit(x, Y, batch_size=32, epochs=2, verbose=0)
+    labels = Y.astype("float32")
+    labels[20] = np.nan  # in a batch that is set aside
+    (lag,) = tfbn.diagnose(net, x, labels, batch_size=16).findings
+    assert (lag.kind, lag.cure) == ("lagging_statistics", "tfbn.recalibrate(model, data)")
+    assert "look for that in the labels" in str(tfbn.diagnose(net, x, np.full(96, np.nan)))
+
+
+def test_labels_that_are_out_of_range_are_explained():
+    with pytest.raises(ValueError, match=r"cannot be computed on these labels.* label value of 2 "):
+        tfbn.diagnose(model(), X, Y + 1)
 
 
 # Batches set aside

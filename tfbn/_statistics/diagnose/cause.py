@@ -18,8 +18,8 @@ class Cause:
         explanation: What the finding says. Names in braces are filled in from the sign.
         severity: "error", "warning", "note"; or "by effect", as the losses or the distances show.
         recalibrate: Whether `tfbn.recalibrate` is the cure. It is printed unless the losses contradict.
-        advice: What to change in the code, the data or the next training.
-        experiment: What tells similar causes apart.
+        advice: What to change in the code, the data or the next training. Filled in likewise.
+        experiment: What tells similar causes apart. That of the sign replaces it.
         groups: Of the causes in a group, only the first that applies becomes a finding.
         last_resort: Whether it becomes a finding only if nothing else does.
     """
@@ -40,9 +40,9 @@ class Cause:
             severity=severity,
             kind=self.kind,
             layers=tuple(layer.layer for layer in sign.layers),
-            explanation=self.explanation.format_map(sign.words),
+            explanation=f"{self.explanation.format_map(sign.words)} {sign.remark}".strip(),
             evidence=sign.numbers,
             cure=cure,
             advice=self.advice.format_map(sign.words),
-            experiment=self.experiment,
+            experiment=sign.experiment or self.experiment,
         )

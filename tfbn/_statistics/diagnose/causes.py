@@ -25,10 +25,6 @@ TRAIN_IN_TRAINING_MODE = (
 )
 RESCALED = "All channels of the first layer agree: the inputs are {times:.3g} times as large as in training."
 PREPARE = "prepare the inputs as in training; if that is not possible, recalibrate"
-ON_TRAINING_DATA = (
-    "Diagnose the model on its training data, prepared as in training. If that has no finding, the data "
-    "here is different. If it has the same finding, the weights are."
-)
 
 
 def find(model: ModelEvidence, recalibrate: Callable[[bool], str]) -> tuple[Finding, ...]:
@@ -48,13 +44,17 @@ def find(model: ModelEvidence, recalibrate: Callable[[bool], str]) -> tuple[Find
         if sign is None:
             continue
         explained.update(cause.groups)
-        cures = cause.recalibrate and model.recalibrating_helps is not False
+        withheld = cause.recalibrate and model.recalibrating_helps is False
+        if withheld and not sign.words.get("effect"):
+            sign = sign._replace(remark=model.why_no_cure)
         by_effect = cause.severity == "by effect"
         findings.append(
             cause.finding(
                 sign,
                 severity=model.severity(sign.layers) if by_effect else cause.severity,
-                cure=recalibrate(sign.includes_frozen) if cures else "",
+                cure=recalibrate(sign.includes_frozen)
+                if cause.recalibrate and not withheld
+                else "",
             )
         )
     return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))
@@ -108,14 +108,13 @@ WHY_OFF = (
         explanation="Dropout or another random layer before these layers changes the variance in training, and "
         "the moving statistics are those. In inference it is off.",
         recalibrate=True,
-        advice="move dropout behind the last batch normalization layer",
+        advice="move dropout and noise behind the last batch normalization layer",
     ),
     Cause(
         kind="unlike_batches",
         sign=of_statistics.unlike_batches,
         explanation="The moving variances miss the spread between classes: in training, each batch held "
         "examples of few classes.",
-        severity="warning",
         recalibrate=True,
         advice="shuffle the training data, and train again",
     ),
@@ -124,7 +123,6 @@ WHY_OFF = (
         sign=of_statistics.small_batches,
         explanation="The moving variances fit a batch size of about {size:.2g}: they miss much of the spread "
         "between examples.",
-        severity="warning",
         recalibrate=True,
         advice="larger batches for training, or keras.layers.GroupNormalization()",
         experiment="Look at a batch of the training data. If it has more examples, they are alike, such as "
@@ -144,6 +142,15 @@ WHY_OFF = (
         explanation=RESCALED,
         recalibrate=True,
         advice=PREPARE,
+    ),
+    Cause(
+        kind="varied_batches",
+        sign=of_statistics.varied_batches,
+        explanation="The moving statistics are those that training gives under these weights. But the batches "
+        "vary so much that normalizing by them is not normalizing by all data, as inference does: the inputs "
+        "have rare, large values, or the batches are small.",
+        recalibrate=True,
+        advice="larger batches for training; logarithms or limits for inputs with rare, large values",
     ),
     Cause(
         kind="averaged_weights",
@@ -174,6 +181,8 @@ WHY_OFF = (
         explanation="The layers up to {last} match the data, those from {first} on do not: the data is that of "
         "the training, and weights between them were changed after it.",
         recalibrate=True,
+        experiment="Recalibrate, train for another epoch, and diagnose again. If the finding comes back, the "
+        "training itself changes the weights faster than the moving average follows.",
     ),
     Cause(
         kind="other_data_or_weights",
@@ -181,7 +190,7 @@ WHY_OFF = (
         explanation="The moving statistics do not belong to this data under these weights. Either the data "
         "differs from the training data, or the weights were loaded, averaged or changed after training.",
         recalibrate=True,
-        experiment=ON_TRAINING_DATA,
+        experiment=of_statistics.ON_TRAINING_DATA,
     ),
 )
 """Why moving statistics are off, the surest signs first."""
@@ -336,6 +345,15 @@ CAUSES = (
         advice="prune the channels, or train without a regularizer on gamma",
     ),
     *(dataclasses.replace(cause, groups=(MOVING,)) for cause in WHY_OFF),
+    Cause(
+        kind="nothing_learned",
+        sign=of_values.nothing_learned,
+        explanation="The model is no better than a constant output on these labels, whatever its statistics. "
+        "Either it has not learned yet, or the labels do not belong to these examples.",
+        severity="warning",
+        advice="look at the labels and their order, and at the loss of the training",
+        last_resort=True,
+    ),
     Cause(
         kind="loss_gap",
         sign=of_values.loss_gap,

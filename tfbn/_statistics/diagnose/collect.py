@@ -15,7 +15,7 @@ from tfbn._statistics.diagnose.comparison import Comparison
 from tfbn._statistics.diagnose.evidence import LayerEvidence, of_inputs, of_weights
 from tfbn._statistics.diagnose.experiments import Experiments
 from tfbn._statistics.diagnose.held_out import Batch, SplitReader
-from tfbn._statistics.diagnose.losses import Losses, has_loss
+from tfbn._statistics.diagnose.losses import Losses, NoLossError, has_labels
 from tfbn._statistics.diagnose.model_evidence import MEAN_SHIFT, ModelEvidence
 from tfbn._statistics.diagnose.not_finite import NotFinite, trace_not_finite
 from tfbn._statistics.diagnose.structure import Structure
@@ -42,9 +42,9 @@ def collect(
         forward: The argument of `tfbn.diagnose`.
     """
     built = [layer for layer in layers if layer.built]
-    one_replica = passes.strategy.num_replicas_in_sync == 1
-    with_losses = one_replica and has_loss(model, reader.spec)
-    split = SplitReader(reader, hold_out=with_losses)
+    labels = has_labels(model, reader.spec)
+    no_losses = _why_not(model, passes) if labels else ""
+    split = SplitReader(reader, hold_out=labels and not no_losses)
     reader.expect(1, passes.levels)
     not_finite: NotFinite | None = None
     try:
@@ -53,28 +53,50 @@ def collect(
         not_finite = trace_not_finite(model, error.layer, split.is_finite)
     measured, comparisons = _measured(layers, passes, reader.batches)
     losses: Losses | None = None
-    if with_losses and not_finite is None:
-        losses = _losses(model, built, passes, split.aside)
+    if labels and not no_losses and not_finite is None:
+        try:
+            losses = _losses(model, built, passes, split.aside)
+        except NoLossError as error:
+            no_losses = f"the model was compiled without a loss ({error})"
+    if losses is not None and not math.isfinite(losses.modes["recalibrated"]["loss"]):
+        where = Experiments(model, built, passes.forward, split.aside).first_not_finite()
+        if where is not None:
+            losses, not_finite = None, trace_not_finite(model, where, split.is_finite)
+        elif not losses.are_finite:
+            losses = None
+            no_losses = "the loss is NaN or infinite in every mode; look for that in the labels"
     experiments: Experiments | None = None
-    if one_replica:
+    if passes.strategy.num_replicas_in_sync == 1:
         experiments = Experiments(model, built, passes.forward, split.aside, losses)
-        if losses is not None and not math.isfinite(losses.modes["recalibrated"]["loss"]):
-            where = experiments.first_not_finite()
-            if where is not None:
-                losses, not_finite = None, trace_not_finite(model, where, split.is_finite)
     optimizer = unwrap_optimizer(getattr(model, "optimizer", None))
     return ModelEvidence(
         layers=measured,
         comparisons=comparisons,
         structure=Structure(model, layers, forward, reader.spec),
         losses=losses,
+        no_losses=no_losses,
         experiments=experiments,
-        steps=int(optimizer.iterations.numpy()) if optimizer is not None else 0,
+        steps=_steps(optimizer),
         averages_weights=bool(getattr(optimizer, "use_ema", False)),
         zeros=_zeros(model),
         not_finite=not_finite,
         diverged=[name_of(layer) for layer in built if _replicas_differ(layer, passes.strategy)],
     )
+
+
+def _why_not(model: keras.layers.Layer, passes: StatisticsPasses) -> str:
+    """Returns why no losses can be computed for labels; empty if they can."""
+    if not getattr(model, "compiled", False):
+        return "the model is not compiled"
+    several = passes.strategy.num_replicas_in_sync > 1
+    return "the model has several replicas" if several else ""
+
+
+def _steps(optimizer: keras.optimizers.Optimizer | None) -> int:
+    """The number of batches trained on, at least: an optimizer counts updates, and a new one counts from 0."""
+    if optimizer is None:
+        return 0
+    return int(optimizer.iterations.numpy()) * (optimizer.gradient_accumulation_steps or 1)
 
 
 def _losses(

@@ -81,6 +81,7 @@ def diagnose(
         findings=findings,
         layers=tuple(evidence.layers),
         modes=evidence.losses.modes if evidence.losses is not None else {},
+        no_losses=evidence.no_losses,
         passes=passes.passes,
         batches=reader.batches,
         examples=reader.examples,

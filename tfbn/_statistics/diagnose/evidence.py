@@ -157,12 +157,13 @@ def of_inputs(
     inputs, batch_means, example_means = (merge_calls(calls, number) for number in range(3))
     counts, true_mean, true_variance = inputs
     constant = true_variance <= CONSTANT * (1e-6 + np.square(true_mean))
-    live = (counts > 0) & ~constant
+    constant &= counts > 1  # A single value has no variance, and is not constant.
+    live = (counts > 1) & ~constant
     evidence = dataclasses.replace(
         evidence,
         level=max(call.level for call in calls),
         values_per_batch=float(np.mean(counts)) / batches / len(calls),
-        constant=int(np.sum(constant & (counts > 0))),
+        constant=int(np.sum(constant)),
         calls_apart=_calls_apart(calls),
     )
     if evidence.not_finite or evidence.negative or not live.any():

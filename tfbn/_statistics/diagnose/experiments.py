@@ -50,13 +50,18 @@ class Experiments:
         layers: Sequence[BatchNormLayer],
         forward: Forward,
         batches: Sequence[Batch],
-        losses: Losses | None,
+        losses: Losses | None = None,
     ):
         self._model = model
         self._layers = layers
         self._forward = forward
         self._batches = batches
         self._losses = losses
+
+    @functools.cached_property
+    def in_training(self) -> Mapping[str, Statistics]:
+        """What each layer sees on average in a batch: what the moving statistics tend to in training."""
+        return self._average(lambda x, axes, mask: values(x, axes, mask)[1:])
 
     @functools.cached_property
     def with_noise(self) -> Mapping[str, Statistics]:

@@ -13,20 +13,28 @@ import tensorflow as tf
 
 from tfbn._data.multi_pass import MultiPassReader
 from tfbn._data.sources import spec_of
+from tfbn._models.compiled_loss import compute_loss
 from tfbn._models.intercept import traced_once
 from tfbn._models.restored import variables_restored
 from tfbn._statistics.diagnose.held_out import Batch
 from tfbn._statistics.plan import unpacked
 from tfbn._support.checks import first_line
 
+LEARNED = 1e-3
+"""By which fraction of the loss a model must be better than a constant output, to have learned something."""
+
 Predict = Callable[[Any], Any]
 """Computes the model's outputs for a batch."""
 
 
-def has_loss(model: keras.layers.Layer, spec: Any) -> bool:
-    """Whether the model is compiled, and batches of this spec have labels."""
-    _, y, _ = unpacked(model, spec)
-    return getattr(model, "compiled", False) and y is not None
+class NoLossError(ValueError):
+    """Raised if a model was compiled without a loss. Its own `train_step` may have one."""
+
+
+def has_labels(model: keras.layers.Layer, spec: Any) -> bool:
+    """Whether batches of this spec have labels."""
+    parts = tf.nest.flatten(unpacked(model, spec)[1])
+    return any(part is not None and part != tf.type_spec_from_value(None) for part in parts)
 
 
 class Losses:
@@ -69,14 +77,32 @@ class Losses:
 
         with _metrics_restored(self._model):
             losses, mean_outputs = zip(*self._run(step), strict=True)
-            metrics = self._model.get_metrics_result()
+            metrics = _flat(self._model.get_metrics_result())
             self.modes[mode] = {
-                **{name: float(np.mean(value)) for name, value in metrics.items()},
+                **metrics,
                 "loss": float(np.average(losses, weights=self._sizes)),
             }
             self._by_batch[mode] = np.array(losses, float)
             if mode == "recalibrated" and None not in mean_outputs:
                 self._add_constant(mean_outputs)
+
+    @property
+    def are_finite(self) -> bool:
+        """Whether any mode has a finite loss. Otherwise, the losses say nothing of the statistics."""
+        return any(math.isfinite(values["loss"]) for values in self.modes.values())
+
+    @property
+    def show_learning(self) -> bool:
+        """Whether the model is better than a constant output in any mode; True if that is unknown."""
+        best = min(
+            values["loss"] for values in self.modes.values() if not math.isnan(values["loss"])
+        )
+        return not self._of_constant - best <= LEARNED * abs(best)
+
+    def works(self, mode: str) -> bool:
+        """Whether the loss is a tenth lower than that of a constant output; True if that is unknown."""
+        better = self._of_constant - self.modes[mode]["loss"]
+        return not better <= 0.1 * abs(self._of_constant)
 
     def gain(self, mode: str, over: str) -> float:
         """How much lower the loss is in one mode than in another, as a fraction of what was learned."""
@@ -113,7 +139,7 @@ class Losses:
         best = min(finite, default=math.nan)
         learned = self._of_constant - best
         # Without a model that has learned anything, a difference is large if it is large relative to the loss.
-        return learned if learned > 1e-3 * abs(best) else max(0.3 * abs(best), 1e-6)
+        return learned if learned > LEARNED * abs(best) else max(0.3 * abs(best), 1e-6)
 
     def _add_constant(self, means: Sequence[Any]) -> None:
         weights = self._sizes / self._sizes.sum()
@@ -136,7 +162,10 @@ class Losses:
 
     def _run(self, step: Callable[[Any], Any]) -> Iterator[Any]:
         self._model.reset_metrics()
-        return itertools.starmap(traced_once(step), self._batches)
+        try:
+            yield from itertools.starmap(traced_once(step), self._batches)
+        except tf.errors.InvalidArgumentError as error:  # Such as labels that are out of range.
+            raise self._explained(error, unpacked(self._model, self._batches[0][0])[1]) from error
 
     def _loss(self, batch: Any, outputs: Any) -> tf.Tensor:
         x, y, weight = unpacked(self._model, batch)
@@ -144,15 +173,27 @@ class Losses:
             if any(part.dtype == tf.string for part in tf.nest.flatten(y) if part is not None):
                 raise TypeError("Strings must be encoded as numbers.")
             self._model.compute_metrics(x, y, outputs, weight)
-            return self._model.compute_loss(
-                x=x, y=y, y_pred=outputs, sample_weight=weight, training=False
-            )
+            loss = compute_loss(self._model, x, y, outputs, weight, training=False)
+            return tf.reduce_mean(loss)  # With reduction="none", it has a value for each example.
         except Exception as error:
-            raise ValueError(
-                "The compiled loss and metrics cannot be computed on these labels. Pass labels as in `fit`, "
-                "or pass data without labels to compare the statistics alone. "
-                f"Received: labels {spec_of(y)}, {first_line(error)}"
-            ) from error
+            raise self._explained(error, y) from error
+
+    def _explained(self, error: Exception, y: Any) -> ValueError:
+        if getattr(self._model, "loss", None) is None:
+            return NoLossError(first_line(error))
+        return ValueError(
+            "The compiled loss and metrics cannot be computed on these labels. Pass labels as in `fit`, "
+            "or pass data without labels to compare the statistics alone. "
+            f"Received: labels {spec_of(y)}, {first_line(error)}"
+        )
+
+
+def _flat(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics as numbers. The result of one may be a dict."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        flat |= _flat(value) if isinstance(value, Mapping) else {name: float(np.mean(value))}
+    return flat
 
 
 def _means(outputs: Any) -> Any:

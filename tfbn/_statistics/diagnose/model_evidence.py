@@ -23,6 +23,8 @@ SAMPLING = 3.0
 
 SUFFERS = 0.02
 """The fraction of what was learned that may be lost in inference. Healthy models lost up to 0.01."""
+USEFUL = 0.05
+"""The fraction of what was learned that a model must show to be of use."""
 BROKEN = 0.2
 """The fraction that makes an error of a warning."""
 
@@ -38,8 +40,9 @@ class ModelEvidence:
         comparisons: The arrays behind it, by the name of the layer, where statistics could be compared.
         structure: How the model uses its layers.
         losses: The losses by mode, if they could be computed.
+        no_losses: Why they could not, although the data has labels.
         experiments: What else can be found out.
-        steps: How many steps the optimizer has taken; 0 if unknown.
+        steps: How many batches the optimizer was given, at least; 0 if unknown.
         averages_weights: Whether the optimizer averages the weights.
         zeros: The fraction of the weights that are exactly 0, biases and vectors apart.
         not_finite: What was not finite, if something was.
@@ -50,6 +53,7 @@ class ModelEvidence:
     comparisons: Mapping[str, Comparison] = dataclasses.field(default_factory=dict)
     structure: Structure = dataclasses.field(default_factory=Structure)
     losses: Losses | None = None
+    no_losses: str = ""
     experiments: Experiments | None = None
     steps: int = 0
     averages_weights: bool = False
@@ -102,8 +106,17 @@ class ModelEvidence:
         """Whether recalibrating lowers the loss; None if unknown."""
         if self.losses is None:
             return None
-        useful = self.losses.skill("recalibrated") > 0.05
+        useful = self.losses.skill("recalibrated") > USEFUL
         return useful and self.losses.is_better("recalibrated", over="inference")
+
+    @property
+    def why_no_cure(self) -> str:
+        """Why recalibrating is not the cure although statistics are off; empty if it may be."""
+        if self.losses is None or self.recalibrating_helps:
+            return ""
+        if self.losses.skill("recalibrated") <= USEFUL:
+            return "No cure is printed: recalibrated, too, the model is no better than a constant output."
+        return "No cure is printed: recalibrating does not lower the loss."
 
     @functools.cached_property
     def recalibrating_harms(self) -> bool:

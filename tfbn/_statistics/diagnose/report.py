@@ -62,7 +62,8 @@ class Diagnosis(Report):
         modes: The loss and the metrics by mode, on batches that were set aside: "training" (each batch is
             normalized by its own statistics; everything else runs as in inference), "inference" (moving
             statistics), and "recalibrated" (statistics of the other batches, as `tfbn.recalibrate` would set
-            them). Empty if the data has no labels or the model no compiled loss.
+            them). Empty if the data has no labels, or for the reason in ``no_losses``.
+        no_losses: Why there are no losses, although the data has labels; empty otherwise.
         passes: How many passes over the data it took.
         batches: The number of batches in a pass.
         examples: The number of examples in a pass.
@@ -81,6 +82,7 @@ class Diagnosis(Report):
     passes: int
     batches: int
     examples: int
+    no_losses: str = ""
     channels: Mapping[str, ChannelStatistics] = dataclasses.field(
         default_factory=dict, repr=False, compare=False
     )
@@ -95,6 +97,7 @@ class Diagnosis(Report):
                 "findings": [dict(vars(finding)) for finding in self.findings],
                 "layers": [dict(vars(layer)) for layer in self.layers],
                 "modes": self.modes,
+                "no_losses": self.no_losses,
                 "passes": self.passes,
                 "batches": self.batches,
                 "examples": self.examples,
@@ -108,11 +111,15 @@ class Diagnosis(Report):
         parts.append(tables.markdown(LAYER_HEADER, self._layer_rows()))
         if self.modes:
             parts.append(tables.markdown(*self._mode_table()))
+        if self.no_losses:
+            parts.append(self._without_losses())
         return "\n\n".join(parts) + "\n"
 
     def _page(self, as_command: AsCommand = lambda cure: "") -> tuple[str, list[str]]:
         """The page. Where a cure can be written as a command, it shows that, too."""
         parts = [html.paragraph(f"{self._extent()}.", "soft")]
+        if self.no_losses:
+            parts.append(html.paragraph(self._without_losses(), "soft"))
         parts += [_box(finding, as_command) for finding in self.findings]
         if not self.findings:
             parts.append(html.box("No findings", [html.paragraph(f"{self._verdict()}.")], "good"))
@@ -197,7 +204,12 @@ class Diagnosis(Report):
         parts.append(tables.text(title, LAYER_HEADER, self._layer_rows()))
         if self.modes:
             parts.append(tables.text("Loss and metrics on batches set aside", *self._mode_table()))
+        if self.no_losses:
+            parts.append(self._without_losses())
         return "\n\n".join(parts)
+
+    def _without_losses(self) -> str:
+        return f"Losses were not compared: {self.no_losses}."
 
     def _verdict(self) -> str:
         if self.modes:
@@ -217,7 +229,7 @@ class Diagnosis(Report):
                 f"{math.exp(layer.log_variance_ratio):.2f}",
                 f"{layer.batch_noise:.2f} σ",
             ]
-            if not layer.measured or layer.not_finite:
+            if not layer.examples:  # There was nothing to compare.
                 measured = [""] * len(measured)
             rows.append([layer.layer, layer.state, str(layer.calls), *measured, ", ".join(kinds)])
         return rows

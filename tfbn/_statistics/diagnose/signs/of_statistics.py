@@ -75,6 +75,10 @@ def masks_ignored(model: ModelEvidence) -> Sign | None:
     return off_sign(masked, {"effect": harm(model, effect)})
 
 
+ON_TRAINING_DATA = (
+    "Diagnose the model on its training data, prepared as in training. If that has no finding, the data "
+    "here is different. If it has the same finding, the weights are."
+)
 LAG = 0.03
 """How much of the moving statistics may be old if inputs have a variance of about 1."""
 LEAST_WEIGHT = 2e-3
@@ -100,13 +104,15 @@ def _lag_by_steps(model: ModelEvidence, layers: Layers) -> Sign | None:
     ]
     if weight < LAG or not explained:
         return None
+    steps = f"{count(model.steps, 'training step')} were"
     if np.median(explained) > 0.5:
-        what = "are still the initial values"
-    elif weight > 0.5:
-        what = "are older than these steps"  # It was trained before, with another optimizer.
-    else:
-        return None
-    return _lag(layers, weight, what, f"{count(model.steps, 'training step')} were")
+        return _lag(layers, weight, "are still the initial values", steps)
+    if weight > 0.5:  # It was trained before, with another optimizer.
+        experiment = (
+            "The optimizer counts the steps since the model was compiled. " + ON_TRAINING_DATA
+        )
+        return _lag(layers, weight, "are older than these steps", steps, experiment)
+    return None
 
 
 def _lag_by_statistics(model: ModelEvidence, layers: Layers) -> Sign | None:
@@ -127,10 +133,11 @@ def _lag_by_statistics(model: ModelEvidence, layers: Layers) -> Sign | None:
     return _lag(layers, weight, what, "The training steps were")
 
 
-def _lag(layers: Layers, weight: float, what: str, steps: str) -> Sign:
+def _lag(layers: Layers, weight: float, what: str, steps: str, experiment: str = "") -> Sign:
     momentum = max(layer.momentum or 0 for layer in layers)
     words = {"part": percent(weight), "what": what, "steps": steps, "momentum": momentum}
-    return Sign(layers, {**distances(layers), "initial_weight": weight}, words)
+    numbers = {**distances(layers), "initial_weight": weight}
+    return Sign(layers, numbers, words, experiment=experiment)
 
 
 def variance_shift(model: ModelEvidence) -> Sign | None:
@@ -209,6 +216,16 @@ def _rescaled(model: ModelEvidence, scale: float) -> Sign:
     times = 1 / scale
     numbers = {**distances(model.to_blame), "scale": times}
     return Sign(model.to_blame, numbers, {"times": times})
+
+
+def varied_batches(model: ModelEvidence) -> Sign | None:
+    # The first layers see the same values, whatever normalizes.
+    behind = [layer for layer in model.to_blame if layer.level]
+    if not behind or model.experiments is None:
+        return None
+    seen = model.experiments.in_training
+    explained = [explained_by(c, seen[layer.layer]) for layer, c in compared(model, behind)]
+    return off_sign(behind) if explained and np.median(explained) > 0.7 else None
 
 
 def averaged_weights(model: ModelEvidence) -> Sign | None:

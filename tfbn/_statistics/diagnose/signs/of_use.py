@@ -22,7 +22,8 @@ def training_not_passed_on(model: ModelEvidence) -> Sign | None:
 
 
 def trained_in_inference_mode(model: ModelEvidence) -> Sign | None:
-    return off_sign(_initial(model)) if model.recalibrating_harms else None
+    works = model.losses is not None and model.losses.works("inference")
+    return off_sign(_initial(model)) if works and model.recalibrating_harms else None
 
 
 def never_updated(model: ModelEvidence) -> Sign | None:

@@ -51,6 +51,9 @@ def _constant(model: ModelEvidence, layers: Layers) -> Sign:
     if first.layer in model.structure.behind_rectifier:
         why = "the ReLU units before it are dead"
         advice = "keras.layers.LeakyReLU() in place of ReLU before it, or a lower learning rate"
+    elif first.level == 0:
+        why = "the data is constant there, or the weights of the layer before it are 0"
+        advice = "look at the data, and at the weights of the layer before it if there is one"
     else:
         why = "the weights of the layer before it are 0, or its own input is constant"
         advice = "look at the weights of the layer before it, and at the data"
@@ -64,7 +67,13 @@ def shared_domains(model: ModelEvidence) -> Sign | None:
     return Sign(layers, numbers) if layers else None
 
 
+def nothing_learned(model: ModelEvidence) -> Sign | None:
+    if model.losses is None or model.losses.show_learning:
+        return None
+    return Sign(numbers={mode: values["loss"] for mode, values in model.losses.modes.items()})
+
+
 def loss_gap(model: ModelEvidence) -> Sign | None:
-    if not model.suffers or model.losses is None:
+    if not model.suffers or not model.recalibrating_helps or model.losses is None:
         return None
     return Sign(numbers={mode: values["loss"] for mode, values in model.losses.modes.items()})

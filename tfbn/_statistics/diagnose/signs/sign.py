@@ -21,12 +21,16 @@ class Sign(NamedTuple):
         numbers: The evidence.
         words: What is filled into the texts.
         includes_frozen: Whether the cure has to include frozen layers.
+        remark: What is added to the explanation.
+        experiment: What tells similar causes apart, if it depends on the evidence.
     """
 
     layers: Layers = ()
     numbers: Mapping[str, float] = {}
     words: Mapping[str, Any] = {}
     includes_frozen: bool = False
+    remark: str = ""
+    experiment: str = ""
 
 
 def counted(model: ModelEvidence, attribute: str, name: str) -> Sign | None:
