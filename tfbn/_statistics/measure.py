@@ -31,6 +31,7 @@ from tfbn._statistics.packed_moments import Merger, unpack
 from tfbn._statistics.tensor_cache import CacheFullError, TensorCache, in_bytes
 from tfbn._statistics.traced_model import Forward, Summary, TracedModel, flat, replica_number
 from tfbn._support.checks import first_line
+from tfbn._support.eager_run import run_once
 from tfbn._support.reports import count
 
 
@@ -269,7 +270,7 @@ class StatisticsPasses:
     def _finish(self, calls: Sequence[LayerCall], totals: Totals) -> None:
         """Merges the moments of all replicas, and hands them to the calls."""
         with self.strategy.scope():
-            here = self.strategy.run(lambda: totals[replica_number()].total()[tf.newaxis])
+            here = run_once(self.strategy, lambda: totals[replica_number()].total()[tf.newaxis])
             of_all = Merger()
             for part in tf.unstack(self.strategy.gather(here, axis=0)):
                 of_all.add(part)

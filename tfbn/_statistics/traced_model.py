@@ -17,6 +17,7 @@ from tfbn._normalize.by_hand import without_gradients
 from tfbn._statistics.cut_graph import DATA, CutGraph
 from tfbn._statistics.layer_call import LayerCall, normalize_by_batch, values
 from tfbn._statistics.packed_moments import pack
+from tfbn._support.eager_run import run_once
 
 Forward = Callable[[keras.layers.Layer, Any], Any]
 Summary = Callable[[tf.Tensor, Sequence[int], tf.Tensor | None, Moments], Moments]
@@ -62,7 +63,7 @@ class TracedModel:
             traced.graphs[replica_number()] = CutGraph(layers, run, spec)
 
         with isolated_tracing():
-            strategy.run(trace)
+            run_once(strategy, trace)
         return traced
 
     @property
