@@ -236,11 +236,10 @@ def _tensor(part: Any) -> Any:
     if part is None or tf.is_tensor(part):
         return part
     array = np.asarray(part)
+    mixed = array.dtype == object and hasattr(part, "columns")  # A pandas.DataFrame.
     try:
-        if array.dtype == np.float64 or (array.dtype == object and hasattr(part, "columns")):
-            array = array.astype(
-                keras.config.floatx()
-            )  # A pandas.DataFrame may mix kinds of numbers.
+        if array.dtype == np.float64 or mixed:
+            array = array.astype(keras.config.floatx())
         with tf.device("CPU:0"):
             return tf.constant(array)
     except (TypeError, ValueError) as error:

@@ -45,15 +45,17 @@ def purely_rescaled_inputs(model: ModelEvidence) -> Sign | None:
 
 def empty_batches(model: ModelEvidence) -> Sign | None:
     found = [best_pull_to_zero(c) for _, c in compared(model, model.off)]
-    masked = [layer for layer in model.candidates if layer.layer in model.structure.masked]
-    # They pull all layers that see the masks: among many, one or two have another reason.
-    if not found or 2 * len(found) < len(masked or model.candidates):
+    if not found:
         return None
     explained = np.median([one.explained for one in found])
     lag = np.median([best_initial_weight(c).explained for _, c in compared(model, model.off)])
     kept = float(np.median([one.value for one in found]))
     apart = max(abs(one.value - kept) for one in found)
     if explained < max(0.9, lag) or kept > 0.97 or apart > 0.1:
+        return None
+    masked = [layer for layer in model.candidates if layer.layer in model.structure.masked]
+    # They pull all layers that see the masks: among many, one or two have another reason.
+    if 2 * len(found) < len(masked or model.candidates):
         return None
     return Sign(model.off, {**distances(model.off), "kept": kept}, {"kept": kept})
 
