@@ -90,8 +90,8 @@ class BatchNormalization(keras.layers.Layer):
         training: Whether to normalize by the batch and update the moving statistics: a bool, a boolean
             tensor, or None for the value of the enclosing call.
         mask: Optional boolean tensor. Only positions where it is True count in the statistics; all positions
-            are normalized. It must broadcast to ``inputs``. A mask of lower rank refers to the leading axes,
-            as Keras's (batch, time) masks do.
+            are normalized. Its axes are the leading axes of ``inputs``, each of the same size or of size 1, as
+            in Keras's (batch, time) masks.
 
     Input shape:
         Any, with a known size along ``axis``. The output has the same shape.

@@ -79,8 +79,8 @@ def export(
             inputs.
         tolerance: The largest allowed difference between outputs, relative to the largest output.
             Defaults to 1e-4, and more for models that compute in half precision.
-        verbose: 0 for silence; 1 for a progress bar, or 2 for a line at the end, and the printed report; "auto"
-            for a progress bar in a terminal if it takes longer than a second.
+        verbose: 0: silent. 1: a progress bar, then the report. 2: a line at the end, then the report. "auto": a
+            progress bar in a terminal if it takes longer than a second, and no report.
 
     Returns:
         The path.

@@ -258,7 +258,10 @@ class StatisticsPasses:
         self._finish([call for call in self.calls if call.level == level], totals)
         if keeping:
             return kept
-        return source if source is not None and source.intact else None
+        if source is None or source.intact:
+            return source
+        source.clear()  # What is left of it would fill the cache.
+        return None
 
     def _note(self, reason: str) -> None:
         self.cache_use = dataclasses.replace(

@@ -93,8 +93,8 @@ def recalibrate(
             do not, or with "none", the model runs again from an earlier layer or from the data.
         cache_limit: The number of bytes that may be kept in memory or, with ``cache="disk"``, in files; by
             default half of what is free. The files are in the folder for temporary files (``TMPDIR``).
-        verbose: 0 for silence; 1 for a progress bar, or 2 for a line at the end, and the printed result; "auto"
-            for a progress bar in a terminal if it takes longer than a second.
+        verbose: 0: silent. 1: a progress bar, then the result. 2: a line at the end, then the result. "auto": a
+            progress bar in a terminal if it takes longer than a second, and no result.
 
     Returns:
         A `Recalibration`, which says what changed in each layer.

@@ -147,7 +147,7 @@ class TrainingLoop:
             y: The targets, for arrays.
             sample_weight: The weights of the examples, with `y`.
             validation_data: Data to evaluate after each epoch, in any of these forms.
-            epochs: The number of the last epoch.
+            epochs: The number of epochs in all; it trains ``epochs - initial_epoch`` of them.
             steps_per_epoch: The number of batches per epoch, one pass over the data by default. Required for
                 endless data. The next epoch continues where this one ended.
             callbacks: Keras callbacks.
@@ -158,13 +158,14 @@ class TrainingLoop:
             class_weight: The weight of each class in the loss, 1 for a class that is not listed.
             validation_steps: The number of batches to evaluate, all by default.
             validation_freq: The number of epochs between evaluations.
-            initial_epoch: The number of the first epoch.
+            initial_epoch: How many epochs were trained before.
             verbose: 0 for silence, 1 or "auto" for a progress bar, 2 for one line per epoch.
 
         Returns:
             The Keras `History` of losses and metrics, including those of before an interruption.
 
         Raises:
+            RuntimeError: If the model was compiled again after the loop was created.
             StatisticsNotUpdatedError: If batch normalization layers learned no moving statistics in the first
                 epoch. The trained weights are kept.
             TypeError: If the data is of an unsupported type.
@@ -255,6 +256,7 @@ class TrainingLoop:
             The value of each metric by name, including ``"loss"``.
 
         Raises:
+            RuntimeError: If the model was compiled again after the loop was created.
             TypeError: If the data is of an unsupported type.
             ValueError: If the data is empty, or an argument is invalid.
         """

@@ -149,6 +149,37 @@ def test_batches_count_if_their_gradients_are_accumulated(lab):
     assert finding.evidence["initial_weight"] == pytest.approx(0.95**20, abs=0.05)
 
 
+def test_a_momentum_of_one_is_why_nothing_was_updated():
+    model = keras.Sequential([keras.Input((6,)), layers.BatchNormalization(momentum=1.0)])
+    (finding,) = tfbn.diagnose(model, RNG.normal(3, 2, (64, 6)).astype("float32")).findings
+    assert finding.kind == "never_updated"
+    assert "momentum=1" in finding.explanation
+    assert "training=True" not in finding.advice
+
+
+def test_the_cure_includes_the_frozen_layers_that_it_was_tried_with(lab):
+    model = lab.healthy()
+    first, *rest = lab.norms(model)
+    first.trainable = False
+    first.moving_mean.assign(first.moving_mean + 1e30 * np.inf)
+    for layer in rest:
+        layer.trainable = False
+    (finding,) = tfbn.diagnose(model, lab.train[0]).findings
+    assert finding.kind == "not_finite_statistics"
+    exec(finding.cure, {"tfbn": tfbn, "model": model, "data": lab.train[0]})
+    assert "not_finite_statistics" not in kinds(tfbn.diagnose(model, lab.train[0]))
+
+
+def test_labels_are_not_asked_for_if_they_were_passed(lab):
+    model = lab.healthy()
+    for layer in lab.norms(model):
+        layer.trainable = False
+    others = RNG.normal(5, 3, lab.train[0].shape).astype("float32")
+    for data in ((others, lab.train[1]), others):
+        finding = next(f for f in tfbn.diagnose(model, data).findings if "frozen" in f.kind)
+        assert ("Pass labels" in finding.experiment) == (data is others)
+
+
 def test_one_example_has_no_variance_to_compare(lab):
     model = keras.Sequential([keras.Input((4,)), layers.BatchNormalization(), layers.Dense(1)])
     diagnosis = tfbn.diagnose(model, np.ones((1, 4), "float32"))
@@ -235,7 +266,7 @@ def test_data_that_is_not_finite_is_a_finding(lab, example):
     (finding,) = diagnosis.findings
     assert finding.kind == "not_finite_inputs"
     assert "'n0'" in finding.explanation
-    assert "So does the data." in finding.explanation
+    assert "The data does, too." in finding.explanation
     assert diagnosis.modes == {}
 
 

@@ -11,6 +11,7 @@ from keras import layers
 import tfbn
 from tfbn._data.multi_pass import MultiPassReader
 from tfbn._data.sources import spec_of
+from tfbn._statistics.diagnose.experiments import Experiments
 from tfbn._statistics.diagnose.held_out import MOST_BATCHES, SplitReader
 from tfbn._statistics.diagnose.losses import Losses
 
@@ -133,10 +134,14 @@ def test_labels_that_are_out_of_range_are_explained():
 # Batches set aside
 
 
+def inputs(batch):
+    return batch[0]
+
+
 def read(batches: list[int], hold_out: bool = True) -> tuple[list[np.ndarray], SplitReader]:
     ends = np.cumsum(batches)[:-1]
     data = [(part,) for part in np.split(np.arange(sum(batches), dtype="float32"), ends)]
-    split = SplitReader(MultiPassReader(lambda: iter(data), None, None, False), hold_out)
+    split = SplitReader(MultiPassReader(lambda: iter(data), None, None, False), hold_out, inputs)
     passes = [[batch[0].numpy() for batch, _ in split.read(number)] for number in range(2)]
     for one, other in zip(*passes, strict=True):
         np.testing.assert_array_equal(one, other)  # every pass measures the same batches
@@ -172,9 +177,13 @@ def test_without_losses_everything_is_measured():
     assert len(aside(split)) == 8
 
 
-def test_batches_that_are_empty_or_cannot_be_split_are_left_whole():
-    _, split = read([8, 0, 8])
-    assert not split.aside
+def test_empty_batches_are_left_out():
+    measured, split = read([8, 0, 8, 0])
+    assert [len(part) for part in measured] == [8]
+    assert len(aside(split)) == 8
+
+
+def test_a_batch_that_cannot_be_split_is_left_whole():
     measured, split = read([3])
     np.testing.assert_array_equal(measured[0], aside(split))
 
@@ -184,7 +193,7 @@ def test_values_that_are_not_finite_are_noticed(bad, finite):
     x = X.copy()
     if bad is not None:
         x[50, 2] = bad
-    split = SplitReader(MultiPassReader((x, Y), None, 16, False), True)
+    split = SplitReader(MultiPassReader((x, Y), None, 16, False), True, inputs)
     list(split.read(0))
     assert split.is_finite == finite
 
@@ -243,6 +252,52 @@ def test_gains_depend_on_no_scale_and_no_constant(factor, constant):
     plain = gains(keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     assert plain[0] > 0.01
     assert gains(Shifted(factor, constant)) == pytest.approx(plain, rel=1e-2)
+
+
+@pytest.mark.parametrize("batches", [2, 4])
+@pytest.mark.parametrize(
+    ("worse", "better", "expected"),
+    [
+        (np.inf, 1.0, True),
+        (np.nan, 1.0, True),
+        (2.0, 1.0, True),
+        (1.0, np.inf, False),
+        (np.nan, np.nan, False),
+        (1.0, 1.0, False),
+    ],
+)
+def test_a_finite_loss_is_better_than_one_that_is_not(worse, better, expected, batches):
+    net = model()
+    data = [((tf.constant(X[:8]), tf.constant(Y[:8])), None)] * batches
+    losses = Losses(net, data)
+    losses._by_batch = {"one": np.ones(batches), "other": np.ones(batches)}
+    losses._by_batch["one"][0] = better
+    losses._by_batch["other"][0] = worse
+    losses._by_batch["other"][1:] += worse > better
+    assert losses.is_better("one", over="other") == expected
+
+
+def test_labels_are_classes_only_if_each_example_has_one():
+    def labels(*batches):
+        pairs = [((tf.zeros([len(y), 4]), tf.constant(y)), None) for y in batches]
+        return Experiments(model(), [], None, pairs)._labels()
+
+    np.testing.assert_array_equal(labels([0, 1, 1, 0], [1, 0]), [0, 1, 1, 0, 1, 0])
+    np.testing.assert_array_equal(labels(np.eye(2)[[0, 1, 1, 0]]), [0, 1, 1, 0])
+    assert labels([[0.3, 2.0, 1.0]] * 4) is None  # regression
+    assert labels(np.ones((4, 5, 3)), np.ones((4, 7, 3))) is None  # a label for each step
+
+
+def test_the_values_of_a_batch_do_not_depend_on_labels():
+    net = model()
+    with_labels, without = (tfbn.diagnose(net, data, batch_size=16) for data in (DATA, X))
+    assert with_labels.layers[0].values_per_batch == without.layers[0].values_per_batch == 16
+
+
+def test_nan_labels_are_not_taken_for_nan_data():
+    split = SplitReader(MultiPassReader((X, np.full(96, np.nan)), None, 16, False), True, inputs)
+    list(split.read(0))
+    assert split.is_finite
 
 
 def test_metrics_that_the_diagnosis_builds_hold_no_counts():

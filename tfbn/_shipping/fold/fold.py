@@ -50,8 +50,8 @@ def fold(
             inputs.
         tolerance: The largest allowed difference between outputs, relative to the largest output.
             Defaults to 1e-4, and more for models that compute in half precision.
-        verbose: 0 for silence; 1 for a progress bar, or 2 for a line at the end, and the printed report; "auto"
-            for a progress bar in a terminal if it takes longer than a second.
+        verbose: 0: silent. 1: a progress bar, then the report. 2: a line at the end, then the report. "auto": a
+            progress bar in a terminal if it takes longer than a second, and no report.
 
     Returns:
         A Functional model of Keras's own layers, which needs no tfbn to load. It is not compiled. Its

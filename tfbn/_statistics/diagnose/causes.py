@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from tfbn._statistics.diagnose.cause import Cause
 from tfbn._statistics.diagnose.finding import SEVERITIES, Finding
-from tfbn._statistics.diagnose.model_evidence import ModelEvidence
+from tfbn._statistics.diagnose.model_evidence import ModelEvidence, is_frozen, is_off
 from tfbn._statistics.diagnose.signs import of_statistics, of_use, of_values
 
 INITIAL = "statistics that were never updated"
@@ -19,9 +19,6 @@ CONSTANT = "constant inputs"
 
 IN_CALL = (
     "self.bn(x, training=training) in the model's `call`, with the `training` that it receives"
-)
-TRAIN_IN_TRAINING_MODE = (
-    "call the model with training=True in the training loop, or use tfbn.TrainingLoop"
 )
 RESCALED = "All channels of the first layer agree: the inputs are {times:.3g} times as large as in training."
 PREPARE = "prepare the inputs as in training; if that is not possible, recalibrate"
@@ -37,6 +34,8 @@ def find(model: ModelEvidence, recalibrate: Callable[[bool], str]) -> tuple[Find
     """
     findings: list[Finding] = []
     explained: set[str] = set()
+    # The losses were computed with new statistics in all layers.
+    frozen_too = any(is_frozen(layer) and is_off(layer) for layer in model.layers)
     for cause in CAUSES:
         if explained.intersection(cause.groups) or (cause.last_resort and findings):
             continue
@@ -52,7 +51,7 @@ def find(model: ModelEvidence, recalibrate: Callable[[bool], str]) -> tuple[Find
             cause.finding(
                 sign,
                 severity=model.severity(sign.layers) if by_effect else cause.severity,
-                cure=recalibrate(sign.includes_frozen)
+                cure=recalibrate(sign.includes_frozen or frozen_too)
                 if cause.recalibrate and not withheld
                 else "",
             )
@@ -88,8 +87,7 @@ WHY_OFF = (
     Cause(
         kind="masks_ignored",
         sign=of_statistics.masks_ignored,
-        explanation="The moving statistics are those of all values, with the masked ones: training did not "
-        "look at the masks. {effect}",
+        explanation="The moving statistics include the masked values: training ignored the masks. {effect}",
         severity="warning",
         recalibrate=True,
         advice="pass the masks on in training and in inference alike, and train again",
@@ -105,8 +103,8 @@ WHY_OFF = (
     Cause(
         kind="variance_shift",
         sign=of_statistics.variance_shift,
-        explanation="Dropout or another random layer before these layers changes the variance in training, and "
-        "the moving statistics are those. In inference it is off.",
+        explanation="A random layer, such as dropout, comes before these layers. It changes the variance in "
+        "training, and the moving variances include that change. In inference, it does nothing.",
         recalibrate=True,
         advice="move dropout and noise behind the last batch normalization layer",
     ),
@@ -178,8 +176,8 @@ WHY_OFF = (
     Cause(
         kind="changed_weights",
         sign=of_statistics.changed_weights,
-        explanation="The layers up to {last} match the data, those from {first} on do not: the data is that of "
-        "the training, and weights between them were changed after it.",
+        explanation="The layers up to {last} match the data, those from {first} on do not. So the data is "
+        "like the training data, and weights between these layers were changed after training.",
         recalibrate=True,
         experiment="Recalibrate, train for another epoch, and diagnose again. If the finding comes back, the "
         "training itself changes the weights faster than the moving average follows.",
@@ -280,8 +278,6 @@ CAUSES = (
         kind="frozen_statistics",
         sign=of_use.frozen_and_unclear,
         explanation="The statistics of these frozen layers do not match the data. {effect}",
-        experiment="Pass labels, with a compiled model, to see whether the loss is lower with the statistics "
-        "of the data. If the other weights were trained while these layers were frozen, it is not.",
         groups=(FROZEN,),
     ),
     Cause(
@@ -291,7 +287,7 @@ CAUSES = (
         "trained with them, in inference mode: recalibrating would raise the loss. The model works, but "
         "nothing is normalized.",
         severity="warning",
-        advice=f"{TRAIN_IN_TRAINING_MODE}, and train again",
+        advice=f"{of_use.TRAIN_IN_TRAINING_MODE}, and train again",
         groups=(INITIAL,),
     ),
     Cause(
@@ -300,7 +296,7 @@ CAUSES = (
         explanation="The moving statistics still have their initial values, 0 and 1: {why}.",
         severity="error",
         recalibrate=True,
-        advice=TRAIN_IN_TRAINING_MODE,
+        advice="{advice}",
         groups=(INITIAL,),
     ),
     Cause(

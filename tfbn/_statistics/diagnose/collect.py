@@ -21,6 +21,7 @@ from tfbn._statistics.diagnose.not_finite import NotFinite, trace_not_finite
 from tfbn._statistics.diagnose.structure import Structure
 from tfbn._statistics.layer_call import NotFiniteError
 from tfbn._statistics.measure import StatisticsPasses
+from tfbn._statistics.plan import unpacked
 from tfbn._statistics.traced_model import Forward
 from tfbn._support.optimizers import unwrap_optimizer
 
@@ -44,14 +45,16 @@ def collect(
     built = [layer for layer in layers if layer.built]
     labels = has_labels(model, reader.spec)
     no_losses = _why_not(model, passes) if labels else ""
-    split = SplitReader(reader, hold_out=labels and not no_losses)
+    split = SplitReader(
+        reader, labels and not no_losses, inputs=lambda batch: unpacked(model, batch)[0]
+    )
     reader.expect(1, passes.levels)
     not_finite: NotFinite | None = None
     try:
         passes.measure(split)
     except NotFiniteError as error:
         not_finite = trace_not_finite(model, error.layer, split.is_finite)
-    measured, comparisons = _measured(layers, passes, reader.batches)
+    measured, comparisons = _measured(layers, passes, split.measured)
     losses: Losses | None = None
     if labels and not no_losses and not_finite is None:
         try:

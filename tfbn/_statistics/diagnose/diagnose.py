@@ -53,8 +53,8 @@ def diagnose(
         forward: As in `tfbn.recalibrate`. With it, the `training` flags inside the model are not examined.
         steps: How many batches to use; by default all.
         batch_size: The batch size for arrays; by default 32.
-        verbose: 0 for silence; 1 for a progress bar, or 2 for a line at the end, and the printed result; "auto"
-            for a progress bar in a terminal if it takes longer than a second.
+        verbose: 0: silent. 1: a progress bar, then the result. 2: a line at the end, then the result. "auto": a
+            progress bar in a terminal if it takes longer than a second, and no result.
 
     Returns:
         A `Diagnosis`. Print it, or use its ``findings``.

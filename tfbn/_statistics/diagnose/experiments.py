@@ -129,13 +129,14 @@ class Experiments:
             if not tf.is_tensor(y) or y.dtype == tf.string:
                 return None
             y = y.numpy()
-            if y.ndim == 2 and y.shape[1] > 1:
+            if y.ndim == 2 and y.shape[1] > 1 and np.allclose(y.sum(1), 1):  # One-hot.
                 y = y.argmax(1)
-            found.append(y.reshape(len(y), -1))
+            if y.size != len(y):
+                return None
+            found.append(y.reshape(-1))
         labels = np.concatenate(found)
-        if labels.shape[1] != 1 or not np.all(labels == np.round(labels)):
+        if not np.all(labels == np.round(labels)):
             return None
-        labels = labels[:, 0]
         return labels if 1 < len(np.unique(labels)) <= min(MOST_CLASSES, len(labels) / 2) else None
 
     def first_not_finite(self) -> str | None:
@@ -190,7 +191,7 @@ class Experiments:
 
 
 def _takes_training(layer: keras.layers.Layer) -> bool:
-    """Whether Keras passes `training` to a layer; one that it does not is as random in inference."""
+    """Whether a layer takes `training`. A layer that does not is as random in inference as in training."""
     return "training" in inspect.signature(layer.call).parameters
 
 

@@ -1,7 +1,7 @@
 """Sets batches of a data set aside, so that losses are computed on examples that were not measured."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -27,26 +27,38 @@ class SplitReader(MultiPassReader):
     Args:
         reader: Reads all batches.
         hold_out: Whether the batches set aside are left out of what is measured.
+        inputs: Returns the model's inputs in a batch.
 
     Attributes:
         aside: The batches set aside, after the first pass.
-        is_finite: Whether no value that was read in the first pass is NaN or infinite.
+        measured: How many batches were measured in the first pass.
+        is_finite: Whether no input that was read in the first pass is NaN or infinite.
     """
 
-    def __init__(self, reader: MultiPassReader, hold_out: bool):
+    def __init__(self, reader: MultiPassReader, hold_out: bool, inputs: Callable[[Any], Any]):
         self._reader = reader
         self.spec = reader.spec
         self.tick = reader.tick  # type: ignore[method-assign]
         self.multiple_of = reader.multiple_of  # type: ignore[method-assign]
         self._hold_out = hold_out
+        self._inputs = inputs
         self._every = EVERY
         self._left_out: set[int] = set()
         self.aside: list[Batch] = []
+        self.measured = 0
         self.is_finite = True
 
     def read(self, number: int, compare: bool = False) -> Iterator[Batch]:
         """Reads the batches that are measured in the pass of this number."""
-        batches = self._reader.read(number, compare)
+        for batch in self._split_read(number, compare):
+            self.measured += number == 0
+            yield batch
+
+    def _split_read(self, number: int, compare: bool) -> Iterator[Batch]:
+        # An empty batch has nothing to be measured, and no loss.
+        batches: Iterator[Batch] = (
+            one for one in self._reader.read(number, compare) if self._reader.size(one[0])
+        )
         if number == 0:
             batches = map(self._checked, batches)
         ahead = list(itertools.islice(batches, 2))
@@ -54,13 +66,14 @@ class SplitReader(MultiPassReader):
             yield self._split(ahead[0], number)
             return
         for index, (batch, spec) in enumerate(itertools.chain(ahead, batches)):
-            if number == 0 and index % self._every == 1 and self._reader.size(batch):
+            if number == 0 and index % self._every == 1:
                 self._set_aside(index, (batch, spec))
             if index not in self._left_out:
                 yield batch, spec
 
     def _checked(self, batch: Batch) -> Batch:
-        parts = [part for part in tf.nest.flatten(batch[0]) if isinstance(part, tf.Tensor)]
+        inputs = tf.nest.flatten(self._inputs(batch[0]))
+        parts = [part for part in inputs if isinstance(part, tf.Tensor)]
         floats = [part for part in parts if part.dtype.is_floating]
         self.is_finite &= all(bool(tf.reduce_all(tf.math.is_finite(part))) for part in floats)
         return batch

@@ -124,12 +124,16 @@ class Losses:
         return (self._of_constant - loss) / self._learned()
 
     def is_better(self, mode: str, over: str) -> bool:
-        """Whether the loss is lower in one mode than in another, by more than chance."""
-        gains = self._by_batch[over] - self._by_batch[mode]
-        if np.isnan(self._by_batch[over]).any():
-            return bool(np.isfinite(self._by_batch[mode]).all())
-        if np.isnan(gains).any():
+        """Whether the loss is lower in one mode than in another, by more than chance.
+
+        Of fewer than three batches, chance is not known, and any difference counts.
+        """
+        better, worse = self._by_batch[mode], self._by_batch[over]
+        if not np.isfinite(better).all():
             return False
+        if not np.isfinite(worse).all():
+            return True
+        gains = worse - better
         mean = np.average(gains, weights=self._sizes)
         error = np.std(gains, ddof=1) / math.sqrt(len(gains)) if len(gains) > 2 else 0.0
         return bool(mean > 2 * error and mean > 0)

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from tfbn._models.walk import batch_norm_layers, walk
+from tfbn._support.reports import count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +41,13 @@ def trace_not_finite(model: keras.layers.Layer, layer: str, data_is_finite: bool
         if id(weight) not in statistics and not np.all(np.isfinite(_numbers(weight)))
     ]
     if bad:
-        what = f"So does the weight {bad[0]!r}" + (
-            f", as do {len(bad) - 1} others." if bad[1:] else "."
-        )
+        others = f", and {count(len(bad) - 1, 'other weight')} too" if bad[1:] else ""
+        what = f"The weight {bad[0]!r} does, too{others}."
         return NotFinite(
             layer, "weights", what, "load weights from before, with a lower learning rate"
         )
     if not data_is_finite:
-        what = "So does the data."
+        what = "The data does, too."
         return NotFinite(layer, "data", what, "remove these examples, or repair what reads them")
     if any(part.compute_dtype == "float16" for part in walk(model)):
         return NotFinite(layer, "overflow", "", "")

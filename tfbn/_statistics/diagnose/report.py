@@ -62,7 +62,7 @@ class Diagnosis(Report):
         modes: The loss and the metrics by mode, on batches that were set aside: "training" (each batch is
             normalized by its own statistics; everything else runs as in inference), "inference" (moving
             statistics), and "recalibrated" (statistics of the other batches, as `tfbn.recalibrate` would set
-            them). Empty if the data has no labels, or for the reason in ``no_losses``.
+            them with ``include_frozen=True``). Empty if the data has no labels, or for the reason in ``no_losses``.
         no_losses: Why there are no losses, although the data has labels; empty otherwise.
         passes: How many passes over the data it took.
         batches: The number of batches in a pass.

@@ -1,6 +1,7 @@
 """How a model uses its batch normalization layers: the `training` they receive, and what feeds them."""
 
 import collections
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfbn._models.functional import clones_graph, is_functional
 from tfbn._models.intercept import intercept_calls, isolated_tracing
 from tfbn._models.walk import (
     BatchNormLayer,
@@ -145,7 +147,9 @@ class _Trace:
     def __init__(self, layers: Sequence[BatchNormLayer], noisy: Sequence[keras.layers.Layer]):
         self._layers = layers
         self._noisy = noisy
-        self._outputs: dict[Any, bool] = {}  # by reference: whether noise is before or in it
+        # By reference: the outputs of observed layers, whether noise is before them, and of random layers.
+        self._observed: dict[Any, bool] = {}
+        self._random: set[Any] = set()
         self.found: dict[str, set[str]] = collections.defaultdict(set)
 
     def run(self, forward: Callable[[Any], Any], spec: Any) -> None:
@@ -176,13 +180,13 @@ class _Trace:
                 self.found[what].add(name_of(layer))
         # What it computes does not matter here.
         output = tf.identity(tf.cast(x, layer.compute_dtype))
-        self._outputs[output.ref()] = noise
+        self._observed[output.ref()] = noise
         return output
 
     def _mark(self, layer: keras.layers.Layer, call: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = tf.nest.map_structure(tf.identity, call(*args, **kwargs))
         for output in tf.nest.flatten(outputs):
-            self._outputs[output.ref()] = True
+            self._random.add(output.ref())
         return outputs
 
     def _before(self, tensor: tf.Tensor) -> tuple[bool, set[str]]:
@@ -194,9 +198,8 @@ class _Trace:
             if one.ref() in seen:
                 continue
             seen.add(one.ref())
-            if one.ref() in self._outputs:
-                noise |= self._outputs[one.ref()]
-            else:
+            noise |= one.ref() in self._random or self._observed.get(one.ref(), False)
+            if one.ref() not in self._observed:
                 operations.add(one.op.type)
                 waiting.extend(one.op.inputs)
         return noise, operations
@@ -207,12 +210,12 @@ def _called_with_training_false(model: keras.layers.Layer) -> list[BatchNormLaye
     found: list[BatchNormLayer] = []
     if not isinstance(model, keras.Model):
         return found
-    try:
-        configs = model.get_config().get("layers", [])
-    except NotImplementedError:  # A subclassed model: only its code shows what it passes on.
-        configs = []
+    configs = []
+    if is_functional(model) and clones_graph(model):  # Of other models, only the code shows it.
+        with contextlib.suppress(NotImplementedError):  # A layer cannot be serialized.
+            configs = model.get_config()["layers"]
     for config in configs:
-        nodes = config.get("inbound_nodes", [])
+        nodes = config["inbound_nodes"]
         if any(node["kwargs"].get("training") is False for node in nodes):
             found += batch_norm_layers(model.get_layer(config["name"]))
     for part in model.layers:

@@ -35,11 +35,12 @@ class StatisticsMonitor(keras.callbacks.Callback):
     - the momentum is too slow for the length of the training: too much of the statistics from before will be
       left at the end;
     - all channels of a layer, or more than a quarter, are fed a constant input;
+    - each batch has a single value for each channel of a layer;
     - moving statistics are NaN or infinite;
     - training and validation are fed differently, if you pass ``validation_data``.
 
     Each epoch gets two more numbers in its logs, which History and the progress bar show: ``bn_mean_shift`` and
-    ``bn_variance_ratio`` of the layer that is furthest off. If `keras.callbacks.CSVLogger` should write them,
+    ``bn_variance_ratio``, each of the layer where it is furthest off. If `keras.callbacks.CSVLogger` should write them,
     put this callback before it.
 
     Limits: It knows neither how often a step calls a layer nor which updates were skipped between two recorded

@@ -36,7 +36,8 @@ class LayerRecord:
             outputs have the same sign: a ReLU after them is always off, or always on.
         refused_updates: In how many of the recorded steps so far the statistics did not change.
         initial_weight: The weight that the statistics from before the training still have.
-        steps_to_catch_up: After how many more steps this weight is 1 %; 0 if it is less already.
+        steps_to_catch_up: After how many more steps this weight is 1 %; 0 if it is less already,
+            and with a momentum of None, 0 or 1.
 
     Example:
         >>> monitor = tfbn.StatisticsMonitor()

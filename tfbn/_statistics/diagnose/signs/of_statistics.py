@@ -106,7 +106,7 @@ def _lag_by_steps(model: ModelEvidence, layers: Layers) -> Sign | None:
     ]
     if weight < LAG or not explained:
         return None
-    steps = f"{count(model.steps, 'training step')} were"
+    steps = f"{count(model.steps, 'training step')} {'was' if model.steps == 1 else 'were'}"
     if np.median(explained) > 0.5:
         return _lag(layers, weight, "are still the initial values", steps)
     if weight > 0.5:  # It was trained before, with another optimizer.
@@ -196,8 +196,8 @@ def _missing_variance(model: ModelEvidence) -> Layers:
 def noisy_statistics(model: ModelEvidence) -> Sign | None:
     quick = [
         layer
-        for layer in model.layers
-        if layer.momentum is not None and layer.momentum < 0.5 and layer.examples
+        for layer in model.candidates
+        if layer.momentum is not None and layer.momentum < 0.5
         if layer.mean_shift > 2 * layer.sampling_error
     ]
     return off_sign(quick, {"momentum": min((layer.momentum or 0 for layer in quick), default=0)})
@@ -258,7 +258,7 @@ def changed_weights(model: ModelEvidence) -> Sign | None:
     if not off:
         return None
     level = min(layer.level for layer in off)
-    before = [layer for layer in model.layers if layer.measured and layer.level < level]
+    before = [layer for layer in model.layers if layer.examples and layer.level < level]
     matching = all(layer.mean_shift < 0.1 for layer in before)
     if not before or not matching:
         return None

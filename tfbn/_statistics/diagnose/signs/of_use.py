@@ -3,6 +3,14 @@
 from tfbn._statistics.diagnose.model_evidence import ModelEvidence, is_frozen, is_off
 from tfbn._statistics.diagnose.signs.sign import Layers, Sign, harm, named, off_sign
 
+TRAIN_IN_TRAINING_MODE = (
+    "call the model with training=True in the training loop, or use tfbn.TrainingLoop"
+)
+PASS_LABELS = (
+    "Pass labels, with a compiled model, to see whether the loss is lower with the statistics of the data. If "
+    "the other weights were trained while these layers were frozen, it is not."
+)
+
 
 def training_forced(model: ModelEvidence) -> Sign | None:
     return named(model, model.structure.forced)
@@ -27,8 +35,16 @@ def trained_in_inference_mode(model: ModelEvidence) -> Sign | None:
 
 
 def never_updated(model: ModelEvidence) -> Sign | None:
-    why = "the training ran without training=True, or its updates were lost, or there was none"
-    return off_sign(_initial(model), {"why": why})
+    layers = _initial(model)
+    if layers and all(layer.state == "momentum=1" for layer in layers):
+        words = {
+            "why": "with momentum=1, no batch changes them",
+            "advice": "a momentum of 0.9 or 0.99",
+        }
+    else:
+        why = "the training ran without training=True, or its updates were lost, or there was none"
+        words = {"why": why, "advice": TRAIN_IN_TRAINING_MODE}
+    return off_sign(layers, words)
 
 
 def frozen_but_recalibrating_helps(model: ModelEvidence) -> Sign | None:
@@ -49,8 +65,9 @@ def frozen_rightly(model: ModelEvidence) -> Sign | None:
 def frozen_and_unclear(model: ModelEvidence) -> Sign | None:
     if model.losses is not None and not model.suffers:
         return None
-    effect = "Recalibrating them does not help." if model.losses is not None else ""
-    return off_sign(_frozen(model), {"effect": effect}, includes_frozen=True)
+    if model.losses is not None:
+        return off_sign(_frozen(model), {"effect": "Recalibrating them does not help."})
+    return off_sign(_frozen(model), {"effect": ""}, experiment=PASS_LABELS)
 
 
 def _initial(model: ModelEvidence) -> Layers:

@@ -8,7 +8,7 @@ import numpy as np
 
 from tfbn._statistics.diagnose.comparison import Comparison
 from tfbn._statistics.diagnose.evidence import LayerEvidence
-from tfbn._statistics.diagnose.model_evidence import ModelEvidence
+from tfbn._statistics.diagnose.model_evidence import ModelEvidence, is_frozen
 
 Layers = Sequence[LayerEvidence]
 
@@ -36,13 +36,15 @@ class Sign(NamedTuple):
 def counted(model: ModelEvidence, attribute: str, name: str) -> Sign | None:
     layers = [layer for layer in model.layers if getattr(layer, attribute)]
     total = sum(getattr(layer, attribute) for layer in layers)
-    return Sign(layers, {name: total}) if layers else None
+    frozen = any(map(is_frozen, layers))
+    return Sign(layers, {name: total}, includes_frozen=frozen) if layers else None
 
 
 def named(model: ModelEvidence, names: Iterable[str]) -> Sign | None:
     wanted = set(names)
     layers = [layer for layer in model.layers if layer.layer in wanted]
-    return Sign(layers, {"layers": len(layers)}) if layers else None
+    frozen = any(map(is_frozen, layers))
+    return Sign(layers, {"layers": len(layers)}, includes_frozen=frozen) if layers else None
 
 
 def off_sign(layers: Layers, words: Mapping[str, Any] | None = None, **more: Any) -> Sign | None:
