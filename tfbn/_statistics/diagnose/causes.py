@@ -35,7 +35,7 @@ def find(model: ModelEvidence, recalibrate: Callable[[bool], str]) -> tuple[Find
     findings: list[Finding] = []
     explained: set[str] = set()
     # The losses were computed with new statistics in all layers.
-    frozen_too = any(is_frozen(layer) and is_off(layer) for layer in model.layers)
+    off = [layer for layer in model.layers if is_off(layer)]
     for cause in CAUSES:
         if explained.intersection(cause.groups) or (cause.last_resort and findings):
             continue
@@ -47,13 +47,14 @@ def find(model: ModelEvidence, recalibrate: Callable[[bool], str]) -> tuple[Find
         if withheld and not sign.words.get("effect"):
             sign = sign._replace(remark=model.why_no_cure)
         by_effect = cause.severity == "by effect"
+        cure = ""
+        if cause.recalibrate and not withheld:
+            cure = recalibrate(any(map(is_frozen, [*off, *sign.layers])))
         findings.append(
             cause.finding(
                 sign,
                 severity=model.severity(sign.layers) if by_effect else cause.severity,
-                cure=recalibrate(sign.includes_frozen or frozen_too)
-                if cause.recalibrate and not withheld
-                else "",
+                cure=cure,
             )
         )
     return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))

@@ -49,13 +49,13 @@ def never_updated(model: ModelEvidence) -> Sign | None:
 
 def frozen_but_recalibrating_helps(model: ModelEvidence) -> Sign | None:
     helps = model.suffers and model.recalibrating_helps
-    return off_sign(_frozen(model), includes_frozen=True) if helps else None
+    return off_sign(_frozen(model)) if helps else None
 
 
 def frozen_from_the_start(model: ModelEvidence) -> Sign | None:
     layers = [layer for layer in _frozen(model) if layer.never_updated]
     effect = "The other weights were trained that way: recalibrating would raise the loss."
-    return off_sign(layers, {"effect": harm(model, effect)}, includes_frozen=True)
+    return off_sign(layers, {"effect": harm(model, effect)})
 
 
 def frozen_rightly(model: ModelEvidence) -> Sign | None:

@@ -1,5 +1,6 @@
 """Signs of values that no training gives, and of inputs that a layer cannot normalize."""
 
+from tfbn._statistics.diagnose.losses import Losses
 from tfbn._statistics.diagnose.model_evidence import ModelEvidence
 from tfbn._statistics.diagnose.signs.sign import Layers, Sign, counted
 
@@ -70,10 +71,14 @@ def shared_domains(model: ModelEvidence) -> Sign | None:
 def nothing_learned(model: ModelEvidence) -> Sign | None:
     if model.losses is None or model.losses.show_learning:
         return None
-    return Sign(numbers={mode: values["loss"] for mode, values in model.losses.modes.items()})
+    return _by_mode(model.losses)
 
 
 def loss_gap(model: ModelEvidence) -> Sign | None:
     if not model.suffers or not model.recalibrating_helps or model.losses is None:
         return None
-    return Sign(numbers={mode: values["loss"] for mode, values in model.losses.modes.items()})
+    return _by_mode(model.losses)
+
+
+def _by_mode(losses: Losses) -> Sign:
+    return Sign(numbers={mode: values["loss"] for mode, values in losses.modes.items()})

@@ -8,7 +8,7 @@ import numpy as np
 
 from tfbn._statistics.diagnose.comparison import Comparison
 from tfbn._statistics.diagnose.evidence import LayerEvidence
-from tfbn._statistics.diagnose.model_evidence import ModelEvidence, is_frozen
+from tfbn._statistics.diagnose.model_evidence import ModelEvidence
 
 Layers = Sequence[LayerEvidence]
 
@@ -20,7 +20,6 @@ class Sign(NamedTuple):
         layers: The layers concerned; empty for the model as a whole.
         numbers: The evidence.
         words: What is filled into the texts.
-        includes_frozen: Whether the cure has to include frozen layers.
         remark: What is added to the explanation.
         experiment: What tells similar causes apart, if it depends on the evidence.
     """
@@ -28,7 +27,6 @@ class Sign(NamedTuple):
     layers: Layers = ()
     numbers: Mapping[str, float] = {}
     words: Mapping[str, Any] = {}
-    includes_frozen: bool = False
     remark: str = ""
     experiment: str = ""
 
@@ -36,15 +34,13 @@ class Sign(NamedTuple):
 def counted(model: ModelEvidence, attribute: str, name: str) -> Sign | None:
     layers = [layer for layer in model.layers if getattr(layer, attribute)]
     total = sum(getattr(layer, attribute) for layer in layers)
-    frozen = any(map(is_frozen, layers))
-    return Sign(layers, {name: total}, includes_frozen=frozen) if layers else None
+    return Sign(layers, {name: total}) if layers else None
 
 
 def named(model: ModelEvidence, names: Iterable[str]) -> Sign | None:
     wanted = set(names)
     layers = [layer for layer in model.layers if layer.layer in wanted]
-    frozen = any(map(is_frozen, layers))
-    return Sign(layers, {"layers": len(layers)}, includes_frozen=frozen) if layers else None
+    return Sign(layers, {"layers": len(layers)}) if layers else None
 
 
 def off_sign(layers: Layers, words: Mapping[str, Any] | None = None, **more: Any) -> Sign | None:
